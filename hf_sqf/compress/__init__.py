@@ -1,0 +1,1 @@
+"""Makes Factors from weights: metric, projections, solvers, starts, budget."""

@@ -1,0 +1,1 @@
+"""Loads, runs and saves compressed models. Flat files that travel with every pushed model."""
