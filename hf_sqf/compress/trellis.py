@@ -10,7 +10,7 @@ of each step, in time proportional to rows times states. Units are those of the 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ class Trellis(NamedTuple):
     ways: NDArray[np.uint32]
 
 
-@lru_cache(maxsize=None)
+@cache
 def trellis(states: int) -> Trellis:
     """Return the trellis of the machine with that many states."""
     next_state, grid = machine(states)
@@ -43,7 +43,13 @@ def trellis(states: int) -> Trellis:
 
 
 @njit(nogil=True, cache=True)
-def _candidates(target, rates, price, costs, codes):
+def _candidates(
+    target: np.float32,
+    rates: NDArray[np.float32],
+    price: np.float32,
+    costs: NDArray[np.float32],
+    codes: NDArray[np.int32],
+) -> None:
     """Find the best code on each grid (0, 1) of each parity: ``costs`` and ``codes`` at ``2 * grid + parity``."""
     size = abs(target)
     sign = 1 if target >= 0 else -1
@@ -74,7 +80,16 @@ def _candidates(target, rates, price, costs, codes):
 
 
 @njit(nogil=True, cache=True)
-def viterbi(targets, classes, rates, price, grid, ways, restart, out):
+def viterbi(
+    targets: NDArray[np.float32],
+    classes: NDArray[np.int32],
+    rates: NDArray[np.float32],
+    price: np.float32,
+    grid: NDArray[np.uint32],
+    ways: NDArray[np.uint32],
+    restart: int,
+    out: NDArray[np.int32],
+) -> float:
     """Write the fine-grid integers of the best path into ``out``; return its cost.
 
     Args:
