@@ -1,0 +1,81 @@
+"""``grid``: codes on a grid of steps, the dictionary being the identity.
+
+Entropy-coded scalar quantization with steps ``step_j * row_i = c / (L_jj g_i)``: every entry carries the same
+expected loss c^2 / 12 (reverse water-filling), and zeros appear where nothing is lost.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..runtime.sqf_factors import FINE, Factors, Term, log_scale, nearest_log_scale
+from .metric import Metric
+from .rate import term_bits
+from .solution import Solution
+
+RESOLUTION = 16
+"""Divisions of an octave in steps and rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """The scales of a term as they are stored.
+
+    Attributes:
+        scale: int, in 1/4096 octaves.
+        steps: int32 (n,), or (1,) where all are equal.
+        rows: int32 (m,), or (1,) where all are equal.
+    """
+
+    scale: int
+    steps: Tensor
+    rows: Tensor
+
+    def term(self, codes: Tensor) -> Term:
+        """Return the term of these scales and integer codes (m, n), in the narrowest type that holds them."""
+        return Term(narrow(codes), self.scale, self.steps, self.rows, None, RESOLUTION, RESOLUTION)
+
+
+def grid_scales(metric: Metric, step: float) -> Scales:
+    """Return the scales ``c / (L_jj g_i)`` of the noise step c, on the logarithmic grid of the file."""
+    g = metric.row_weights()
+    ell = torch.ones(1, dtype=torch.float64) if metric.H is None else metric.cholesky().diagonal()
+    centre_g, centre_l = float(torch.log2(g).mean()), float(torch.log2(ell).mean())
+    scale = round(FINE * (math.log2(step) - centre_g - centre_l))
+    rows = nearest_log_scale(2.0**centre_g / g, RESOLUTION)
+    steps = nearest_log_scale(2.0**centre_l / ell, RESOLUTION)
+    return Scales(scale, steps, rows)
+
+
+def round_plain(weight: Tensor, scales: Scales) -> Tensor:
+    """Return each entry's nearest code, (m, n)."""
+    step = log_scale(scales.steps, RESOLUTION) * log_scale(torch.tensor(scales.scale), FINE)
+    return torch.round(weight.float() / (step * log_scale(scales.rows, RESOLUTION)[:, None]))
+
+
+def narrow(codes: Tensor) -> Tensor:
+    """Return integers in the narrowest of int8, int16 and int32 that holds them."""
+    largest = float(codes.abs().max()) if codes.numel() else 0.0
+    if largest >= 2.0**31:
+        raise ValueError(f"noise step too small: a code of {largest:.3g} does not fit 32 bits")
+    return codes.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)
+
+
+def solve_grid(weight: Tensor, metric: Metric, step: float) -> Solution:
+    """Round a weight on the grid of the noise step c; where the metric is uniform, with one step for all.
+
+    Args:
+        weight: float (m, n).
+        metric: the distance.
+        step: c, in the metric's units.
+    """
+    scales = grid_scales(metric, step)
+    codes = round_plain(weight, scales)
+    term = scales.term(codes)
+    factors = Factors((weight.shape[0], weight.shape[1]), "grid", (term,))
+    distortion = metric.distance(weight, factors.dense())
+    return Solution(factors, distortion, term_bits(term), trace=(distortion,), start="identity")
