@@ -11,6 +11,7 @@ STAMP := $(VENV)/.installed
 
 # Nothing here downloads from a hub; an attempt to is an error at once, not a time-out.
 export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # A stamp without an interpreter that runs (its Python was removed, the folder was half deleted) says nothing.
 ifneq ($(wildcard $(STAMP)),)
