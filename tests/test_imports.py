@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_sqf"
 RUNTIME = PACKAGE / "runtime"
 RANK = {"runtime": 0, "compress": 1, "training": 2, "report": 2, "hub": 2, "cli": 3, "__init__": 4}
 TRAVELS_WITH = {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "accelerate"}
-IF_PRESENT = {"numba"}
+IF_PRESENT = {"numba", "llvmlite"}  # the second comes with the first
 
 
 def imported(source: str, package: str) -> Iterator[tuple[str, ast.Import | ast.ImportFrom, bool]]:
@@ -152,7 +152,7 @@ def test_runtime_runs_from_a_copy(tmp_path: Path):
     names = sorted(p.stem for p in RUNTIME.glob("sqf_*.py"))
     program = (
         "import importlib, sys\n"
-        "sys.modules['hf_sqf'] = sys.modules['numba'] = None\n"
+        "sys.modules.update(dict.fromkeys(('hf_sqf', 'numba', 'llvmlite')))  # None: cannot be imported\n"
         "for name in sys.argv[1:]:\n"
         "    print(importlib.import_module('travelled.' + name).__name__)\n"
     )
