@@ -1,0 +1,16 @@
+"""Stores a model's weights as sparse, quantized matrix factors.
+
+Importing the package makes the quantization method ``"sqf"`` known to transformers.
+"""
+
+from .compress.factorize import factorize
+from .compress.model import compress, dequantize
+from .compress.on_load import CompressingQuantizer
+from .runtime.sqf_config import SQFConfig
+from .runtime.sqf_factors import Factors
+from .runtime.sqf_quantizer import register
+
+register(CompressingQuantizer)
+
+__version__ = "0.1.0"
+__all__ = ["Factors", "SQFConfig", "compress", "dequantize", "factorize"]

@@ -1,0 +1,204 @@
+"""The budget: one noise step c for many weights, whose files meet a number of bits.
+
+Every metric measures a weight on the same scale (relative to its own energy without data, in nats with), so equal c
+means equal worth of a bit everywhere, and the least total error at a given size (reverse water-filling). Rates are
+estimated on a few rows of each weight, since rows are independent in the rounding. The weights are then solved one by
+one, the largest first; what the codec really needed corrects the step for those still to come, and a last few are
+solved again until the total lies within :data:`TOLERANCE` below the target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .metric import Metric
+
+TOLERANCE = 0.005
+"""How far below the bits asked for the result may lie, relative."""
+AIM = 1.0 - 0.3 * TOLERANCE
+"""Where in that range to aim."""
+SAMPLE = 1 << 14
+"""Entries of a weight that its rate is estimated on."""
+OCTAVES = (-16.0, 6.0)
+"""Range of log2 c, in units of the weights' root mean square in the metric."""
+_TRIALS = 12
+
+
+class RateCurve:
+    """Estimates what a weight costs at a noise step c, from the entropy of some of its rows when they are rounded.
+
+    Entropies are found as they are needed, at quarters of an octave of c, and interpolated.
+
+    Args:
+        matrices: of one weight, (m, n) each; all of them are sampled evenly, down their rows.
+        metrics: of each.
+        overhead: bits of side information.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], metrics: Sequence[Metric], overhead: float) -> None:
+        self.count = sum(w.numel() for w in matrices)
+        self.overhead = overhead
+        share = min(1.0, SAMPLE / max(self.count, 1))
+        parts = []
+        for weight, metric in zip(matrices, metrics, strict=True):
+            rows = torch.linspace(0, len(weight) - 1, max(1, math.ceil(share * len(weight)))).round().long()
+            g = metric.row_weights()
+            part = weight[rows].double() * (g if g.numel() == 1 else g[rows])[:, None]
+            if metric.H is not None:
+                part = part * metric.cholesky().diagonal()
+            parts.append(part.float().reshape(-1))
+        self._sample = torch.cat(parts).numpy()  # in units of the noise step 1: entries times L_jj g_i
+        self._range = float(np.ptp(self._sample))
+        self._known: dict[int, float] = {}
+
+    def at(self, quarter: int) -> float:
+        """Return the bits of the whole weight at ``c = 2^(quarter/4)``."""
+        if quarter not in self._known:
+            self._known[quarter] = self._entropy(2.0 ** (quarter / 4.0)) * self.count + self.overhead
+        return self._known[quarter]
+
+    def _entropy(self, step: float) -> float:
+        if self._range / step > 1 << 20:  # finer than a histogram; there, entropy grows by a bit an octave
+            return self._entropy(2.0 * step) + 1.0
+        codes = np.rint(self._sample / step).astype(np.int64)
+        counts = np.bincount(codes - codes.min())
+        p = counts[counts > 0] / codes.size
+        return float(-(p * np.log2(p)).sum())
+
+
+class RateSum:
+    """The sum of rate curves, from which some may be taken away."""
+
+    def __init__(self, curves: Sequence[RateCurve]) -> None:
+        self._curves = dict.fromkeys(curves)
+        self._known: dict[int, float] = {}
+
+    def remove(self, curve: RateCurve) -> None:
+        """Take a curve away."""
+        del self._curves[curve]
+        for quarter in self._known:
+            self._known[quarter] -= curve.at(quarter)
+
+    def at(self, quarter: int) -> float:
+        """Return the sum at ``c = 2^(quarter/4)``."""
+        if quarter not in self._known:
+            self._known[quarter] = sum(curve.at(quarter) for curve in self._curves)
+        return self._known[quarter]
+
+    def step_for(self, bits: float) -> float:
+        """Return log2 of the noise step at which the sum is ``bits``.
+
+        Bits fall as c grows; where the range of c ends before the bits do, its end is returned.
+        """
+        low, high = (round(4 * octave) for octave in OCTAVES)
+        if self.at(high) >= bits:
+            return high / 4.0
+        if self.at(low) <= bits:
+            return low / 4.0
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.at(middle) > bits else (low, middle)
+        return (low + (self.at(low) - bits) / (self.at(low) - self.at(high))) / 4.0
+
+
+def interpolate(curve: RateCurve | RateSum, log_step: float) -> float:
+    """Return a curve's bits at log2 c, which may lie between quarters."""
+    quarter = math.floor(4.0 * log_step)
+    part = 4.0 * log_step - quarter
+    return curve.at(quarter) if part == 0.0 else (1.0 - part) * curve.at(quarter) + part * curve.at(quarter + 1)
+
+
+def smallest(curves: Sequence[RateCurve]) -> float:
+    """Return the least bits that weights can cost."""
+    return RateSum(curves).at(round(4 * OCTAVES[1]))
+
+
+def fit(
+    curves: Sequence[RateCurve],
+    bits: float,
+    solve: Callable[[int, float], int],
+    done: Callable[[int], None] = lambda index: None,
+) -> float:
+    """Solve weights so that they cost at most ``bits`` in all, and hardly less.
+
+    Args:
+        curves: one per weight.
+        bits: the target, for all together.
+        solve: (index of a weight, noise step) -> true bits of its result, which it keeps in place of an earlier one.
+        done: called as a weight is solved for the first time.
+
+    Returns:
+        What the results that ``solve`` kept cost together.
+
+    Raises:
+        ValueError: no noise step reaches the target.
+    """
+    order = sorted(range(len(curves)), key=lambda i: (-curves[i].count, i))
+    sizes: dict[int, float] = {}
+    steps: dict[int, float] = {}
+    estimated = 0.0
+    rest = RateSum(curves)
+    for index in order:
+        ratio = sum(sizes.values()) / estimated if estimated else 1.0
+        left = (AIM * bits - sum(sizes.values())) / ratio
+        log_step = rest.step_for(left)
+        if steps:  # a small rest must not pay for all that came before
+            middle = steps[order[0]]
+            log_step = min(max(log_step, middle - 0.5), middle + 0.5)
+        steps[index], sizes[index] = log_step, solve(index, 2.0**log_step)
+        estimated += interpolate(curves[index], log_step)
+        rest.remove(curves[index])
+        done(index)
+    _settle(order, curves, sizes, steps, bits, solve)
+    total = sum(sizes.values())
+    if total > bits:
+        raise ValueError(f"no noise step meets {bits:.0f} bits; the closest costs {total:.0f}")
+    return total
+
+
+def _settle(
+    order: list[int],
+    curves: Sequence[RateCurve],
+    sizes: dict[int, float],
+    steps: dict[int, float],
+    bits: float,
+    solve: Callable[[int, float], int],
+) -> None:
+    """Solve the smallest weights again at steps shifted in common, until the total is within tolerance."""
+
+    def good(total: float) -> bool:
+        return (1.0 - TOLERANCE) * bits <= total <= bits
+
+    if good(sum(sizes.values())):
+        return
+    gap = AIM * bits - sum(sizes.values())
+    chosen: list[int] = []
+    for index in reversed(order):  # as many as make the shift a small one
+        chosen.append(index)
+        if sum(sizes[i] for i in chosen) > 8.0 * abs(gap):
+            break
+    others = sum(sizes.values()) - sum(sizes[i] for i in chosen)
+    totals = {0.0: sum(sizes.values())}  # shift in octaves -> total
+    shift = 0.0
+    for _ in range(_TRIALS):
+        above = max((s for s, total in totals.items() if total > bits), default=None)
+        below = min((s for s, total in totals.items() if total <= bits), default=None)
+        if above is not None and below is not None:
+            share = (totals[above] - AIM * bits) / max(totals[above] - totals[below], 1.0)
+            shift = above + min(max(share, 0.1), 0.9) * (below - above)
+        else:
+            shift += (totals[shift] - AIM * bits) / sum(curves[i].count for i in chosen) * 1.5
+        for index in chosen:
+            sizes[index] = solve(index, 2.0 ** (steps[index] + shift))
+        totals[shift] = others + sum(sizes[i] for i in chosen)
+        if good(totals[shift]):
+            return
+    best = max((s for s in totals if totals[s] <= bits), key=lambda s: totals[s], default=max(totals))
+    if best != shift:
+        for index in chosen:
+            sizes[index] = solve(index, 2.0 ** (steps[index] + best))

@@ -1,0 +1,245 @@
+"""``compress``: a whole model, weight by weight, to the bits asked for."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import _assign_is_quantized
+from transformers.utils import logging as transformers_logging
+
+from ..runtime.sqf_config import HUB_ID, SQFConfig
+from ..runtime.sqf_container import pack
+from ..runtime.sqf_quantizer import SQFQuantizer, place, settle
+from .budget import OCTAVES, RateCurve, fit, smallest
+from .factorize import solve
+from .mapped import release
+from .metric import Metric
+from .targets import SMALL, Target, find_targets
+
+logger = logging.getLogger(__name__)
+
+MetricOf = Callable[[str, list[Tensor]], list[Metric]]
+"""(a weight's full name, its matrices (m, n)) -> the metric of each."""
+_CHUNK = 1 << 20
+
+
+class RelativeMetrics:
+    """The metrics without data: squared error relative to the energy of the whole weight."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Metric] = {}
+
+    def __call__(self, name: str, matrices: list[Tensor]) -> list[Metric]:
+        """Return the metric of each matrix (m, n) of the weight ``name``."""
+        if name not in self._known:
+            energy = sum(Metric().distance(matrix, None) for matrix in matrices)
+            rms = math.sqrt(energy / sum(matrix.numel() for matrix in matrices))
+            self._known[name] = Metric(g=torch.tensor([1.0 / (rms or 1.0)], dtype=torch.float64))
+        return [self._known[name]] * len(matrices)
+
+
+def compress(
+    model: PreTrainedModel, config: SQFConfig | None = None, metrics: MetricOf | None = None
+) -> PreTrainedModel:
+    """Compress a model in memory, in place.
+
+    Args:
+        model: any model of transformers with floating-point weights.
+        config: what is asked for; without one, ``SQFConfig()``.
+        metrics: the distance in which each weight is approximated; without, relative squared error.
+
+    Returns:
+        The model. ``model.config.quantization_config`` is a copy of the config whose ``coverage`` says what was done:
+        ``weights`` (how many), ``bits`` (per parameter of theirs), ``parameters``, ``compressed`` (how many of them),
+        and ``dense``, the weights of two or more dimensions that stayed as they are, each with the reason.
+
+    Raises:
+        ValueError: the model is quantized already, a weight is not finite, an option fits nothing in this model, or
+            the bits cannot be reached. The model is then unchanged.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"expected a model of transformers, got {type(model).__name__}")
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("the model is quantized already; model.dequantize() makes it an ordinary one")
+    quantizer = SQFQuantizer(config or SQFConfig(), pre_quantized=True)
+    compress_weights(model, quantizer.quantization_config, metrics)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method
+    model.config.quantization_config = quantizer.quantization_config
+    _assign_is_quantized(model)
+    settle(model)
+    return model
+
+
+def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Turn a compressed model into an ordinary one with the decoded weights, in place; return it.
+
+    Raises:
+        ValueError: the model is not compressed, or its weights are offloaded.
+    """
+    if not isinstance(getattr(model, "hf_quantizer", None), SQFQuantizer):
+        raise ValueError("the model is not compressed")
+    return model.dequantize(dtype=dtype)
+
+
+def compress_weights(
+    model: PreTrainedModel,
+    config: SQFConfig,
+    metrics: MetricOf | None = None,
+) -> None:
+    """Compress the weights of a model in place and write ``config.coverage``.
+
+    Args:
+        model: with dense weights.
+        config: what is asked for.
+        metrics: see :func:`compress`.
+
+    Raises:
+        ValueError: see :func:`compress`. No module is changed before all weights are solved.
+    """
+    targets, dense = find_targets(model, config)
+    job = _Job(config, metrics or RelativeMetrics())
+    targets = job.prepare(targets, dense)
+    packed = job.run(targets)
+    total = sum(p.numel() for p in model.parameters())
+    sites = {}
+    for target in targets:
+        parameter = nn.Parameter(packed[target.name].to(target.parameter.device), requires_grad=False)
+        for module, attribute, held in target.sites:
+            sites[held.name] = module, attribute, held, parameter
+    place(model, sites)
+    if any(target.held.stacked for target in targets):
+        model.set_experts_implementation("eager")
+    config.coverage = _coverage(targets, packed, dense, total)
+    config.base_model = config.base_model or _hub_id(model.name_or_path)
+    config.fidelity = None
+    _log(config.coverage)
+
+
+class _Job:
+    """One run over the weights of a model: what is known of each, and its result so far."""
+
+    def __init__(self, config: SQFConfig, metrics: MetricOf) -> None:
+        self.config, self.metrics = config, metrics
+        self.curves: dict[str, RateCurve] = {}
+        self.packed: dict[str, Tensor] = {}
+
+    def prepare(self, targets: list[Target], dense: dict[str, str]) -> list[Target]:
+        """Read every weight once: check it, sample it, and sort out what is too small to gain.
+
+        Raises:
+            ValueError: a weight is not finite or not in memory, or the bits of a group cannot be reached.
+        """
+        kept = []
+        for target in targets:
+            _check_finite(target)
+            matrices = target.matrices()
+            metrics = self.metrics(target.name, matrices)
+            overhead = 8.0 * self._side_information(target, matrices, metrics)
+            if overhead > 0.5 * self._bits(target) * target.parameter.numel():
+                dense[target.name] = SMALL
+            else:
+                self.curves[target.name] = RateCurve(matrices, metrics, overhead)
+                kept.append(target)
+            release(target.parameter)
+        if not kept:
+            raise ValueError("the model has no weight that can be compressed")
+        for group, members in _groups(kept).items():
+            curves = [self.curves[t.name] for t in members]
+            count, bits = sum(curve.count for curve in curves), self._bits(members[0])
+            if (least := smallest(curves)) > bits * count:
+                where = "bits" if group is None else f"overrides[{group!r}]: bits"
+                raise ValueError(
+                    f"{where}={bits} cannot be reached; the smallest for these weights is {least / count:.3f}"
+                )
+        return kept
+
+    def run(self, targets: list[Target]) -> dict[str, Tensor]:
+        """Solve all weights to the bits of their groups; return the packed bytes of each."""
+        with transformers_logging.tqdm(total=len(targets), desc="Compressing weights") as bar:
+            for members in _groups(targets).values():
+                curves = [self.curves[t.name] for t in members]
+
+                def solve_one(index: int, step: float, members: list[Target] = members) -> int:
+                    return self._solve(members[index], step)
+
+                fit(curves, self._bits(members[0]) * sum(c.count for c in curves), solve_one, lambda _: bar.update())
+        return self.packed
+
+    def _bits(self, target: Target) -> float:
+        return float(target.options.get("bits", self.config.bits))  # type: ignore[arg-type]
+
+    def _solve(self, target: Target, step: float) -> int:
+        structure = str(target.options.get("structure", self.config.structure))
+        matrices = target.matrices()
+        factors = []
+        for matrix, metric in zip(matrices, self.metrics(target.name, matrices), strict=True):
+            found = solve(matrix, metric, step, structure, self.config.block, self.config.seed, target.name)
+            factors.append(found.factors)
+        self.packed[target.name] = pack(factors)
+        release(target.parameter)
+        return 8 * self.packed[target.name].numel()
+
+    def _side_information(self, target: Target, matrices: list[Tensor], metrics: list[Metric]) -> int:
+        """Return the bytes that a weight costs when all its codes are zero, from a few of its rows."""
+        coarse = 2.0 ** (OCTAVES[1] + 16)
+        factors = [
+            solve(w[:8], _head(m, 8), coarse, "grid", name=target.name).factors
+            for w, m in zip(matrices, metrics, strict=True)
+        ]
+        return pack(factors).numel()
+
+
+def _head(metric: Metric, rows: int) -> Metric:
+    return Metric(metric.H, metric.g if metric.g is None or metric.g.numel() == 1 else metric.g[:rows])
+
+
+def _groups(targets: list[Target]) -> dict[str | None, list[Target]]:
+    groups: dict[str | None, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.group, []).append(target)
+    return groups
+
+
+def _check_finite(target: Target) -> None:
+    weight = target.parameter.detach()
+    if weight.is_meta:
+        raise ValueError(
+            f"{target.name} is offloaded: compress on load without offloading, save, then load again with it"
+        )
+    for chunk in weight.reshape(-1).split(_CHUNK):
+        low, high = torch.aminmax(chunk)  # both carry NaN
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise ValueError(f"{target.name} has NaN or infinite entries")
+
+
+def _coverage(targets: list[Target], packed: dict[str, Tensor], dense: dict[str, str], total: int) -> dict[str, Any]:
+    compressed = sum(target.parameter.numel() for target in targets)
+    size = sum(packed[target.name].numel() for target in targets)
+    return {
+        "weights": len(targets),
+        "bits": round(8.0 * size / compressed, 4),
+        "parameters": total,
+        "compressed": compressed,
+        "dense": dict(sorted(dense.items())),
+    }
+
+
+def _hub_id(name: str) -> str | None:
+    """Return what a model was loaded from, unless that is a folder of this machine."""
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def _log(coverage: dict[str, Any]) -> None:
+    share = 100.0 * coverage["compressed"] / coverage["parameters"]
+    logger.info("compressed %.2f%% of the parameters to %.3f bits each", share, coverage["bits"])
+    for name, reason in coverage["dense"].items():
+        logger.info("left as it is: %s (%s)", name, reason)

@@ -1,0 +1,206 @@
+"""SQFConfig: all that a user can ask for."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+QUANT_METHOD = "sqf"
+FORMAT_VERSION = 1
+"""Rises when a model saved by this version could not be read by an older one."""
+STRUCTURES = ("grid", "svd", "sparse_pca", "vq", "pgd")
+BLOCKED = ("sparse_pca", "vq", "pgd", "auto")
+"""Structures that ``block`` has a meaning for."""
+LOADING_ATTRIBUTES = ("dequantize",)
+"""Fields that may be given anew when a compressed model is loaded; never written into a checkpoint."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+"""What a model's id on the Hub looks like."""
+
+
+@dataclass(repr=False)
+class SQFConfig(QuantizationConfigMixin):
+    """How a model is compressed. Pass it to ``from_pretrained(..., quantization_config=)`` or ``hf_sqf.compress``.
+
+    Attributes:
+        bits: average bits per parameter over all compressed weights, everything counted; in (0, 16].
+        structure: ``"auto"`` (least error, weight by weight), one of :data:`STRUCTURES`, or a sum of two such as
+            ``"svd+grid"``.
+        overrides: regular expression (searched for in a module's full name) -> ``{"bits": ..., "structure": ...}``,
+            either or both. Weights with bits of their own stand outside the common average: those of one expression
+            meet its bits on average among themselves. The first expression that matches counts.
+        modules_to_not_convert: names or regular expressions of modules to leave as they are, matched as everywhere
+            in transformers. None leaves out a classification head; a list, even an empty one, only what it names.
+        include_embeddings: compress token and position embeddings and language model heads, tied or not.
+        block: width of blocks for structures with a dictionary; None lets the structure choose.
+        seed: of the starts that draw at random.
+        dequantize: loading attribute: decode a compressed checkpoint into an ordinary model.
+        format_version: of the checkpoint; written when a model is saved.
+        max_kl: ``push_to_hub`` refuses a model that lies further from its original than this, in nats (mean
+            Kullback-Leibler divergence per prediction, of models that predict classes or tokens); None accepts all.
+        min_cosine: likewise, the least mean cosine to the original's outputs, of models that give vectors.
+        base_model: the original's id on the Hub; None takes it from where the original is loaded.
+        coverage: what became of the model: written by compression, never asked for. See ``compress``.
+        fidelity: how far it lies from its original: written by ``hf_sqf.hub.check``, never asked for.
+
+    Raises:
+        ValueError: a field is out of range, unknown, or contradicts another.
+    """
+
+    bits: float = 4.0
+    structure: str = "auto"
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    modules_to_not_convert: list[str] | None = None
+    include_embeddings: bool = True
+    block: int | None = None
+    seed: int = 0
+    dequantize: bool = False
+    format_version: int = FORMAT_VERSION
+    max_kl: float | None = 1.0
+    min_cosine: float | None = 0.9
+    base_model: str | None = None
+    coverage: dict[str, Any] | None = None
+    fidelity: dict[str, Any] | None = None
+
+    def __init__(self, **options: Any) -> None:
+        method = options.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ValueError(f"quant_method must be {QUANT_METHOD!r}, got {method!r}")
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' enumeration is closed
+        version = options.get("format_version", FORMAT_VERSION)
+        if _is_int(version) and version > FORMAT_VERSION:  # before unknown fields, which a newer version may bring
+            raise ValueError(
+                f"format_version {version}: this model was made by a newer hf_sqf; this one reads up to "
+                f"{FORMAT_VERSION}. Update with `pip install -U hf-sqf`."
+            )
+        known = {f.name: f for f in fields(self)}
+        known.pop("quant_method", None)
+        if unknown := sorted(options.keys() - known.keys()):
+            raise ValueError(f"unknown field {', '.join(unknown)}; SQFConfig has {', '.join(known)}")
+        for name in known:
+            default = {} if name == "overrides" else getattr(type(self), name)
+            setattr(self, name, options.get(name, default))
+        self._check()
+
+    def _check(self) -> None:
+        self.bits = _check_bits(self.bits, "bits")
+        _check_structure(self.structure, "structure")
+        self.overrides = _check_overrides(self.overrides)
+        self.modules_to_not_convert = _check_names(self.modules_to_not_convert, "modules_to_not_convert")
+        for name in ("include_embeddings", "dequantize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        _check_int(self.seed, "seed", 0, 2**63 - 1)
+        _check_int(self.format_version, "format_version", 1, FORMAT_VERSION)
+        if self.block is not None:
+            _check_int(self.block, "block", 1, 65536)
+            asked = [self.structure] + [o["structure"] for o in self.overrides.values() if "structure" in o]
+            if not any(part in BLOCKED for structure in asked for part in structure.split("+")):
+                raise ValueError(
+                    f"block is given, but structure {self.structure!r} has no blocks: {', '.join(BLOCKED)} do"
+                )
+        _check_number(self.max_kl, "max_kl", 0.0, float("inf"))
+        _check_number(self.min_cosine, "min_cosine", -1.0, 1.0)
+        if self.base_model is not None and not (isinstance(self.base_model, str) and HUB_ID.fullmatch(self.base_model)):
+            raise ValueError(f"base_model must be None or an id on the Hub such as owner/name, got {self.base_model!r}")
+        for name in ("coverage", "fidelity"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} must be None or a dictionary, got {getattr(self, name)!r}")
+
+    def override_for(self, name: str) -> tuple[str | None, dict[str, Any]]:
+        """Return the first of ``overrides`` that matches a module's full name, as (expression, options)."""
+        for pattern, options in self.overrides.items():
+            if re.search(pattern, name):
+                return pattern, options
+        return None, {}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Return what counts when the config comes along with a model that is already compressed."""
+        return {name: getattr(self, name) for name in LOADING_ATTRIBUTES}
+
+    def get(self, name: str, default: Any = None) -> Any:  # noqa: ANN401
+        """Return a field, or the default: transformers asks dictionaries and configs alike."""
+        return getattr(self, name, default)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is written into ``config.json``."""
+        kept = {"quant_method": QUANT_METHOD, **asdict(self)}
+        for name in LOADING_ATTRIBUTES:
+            del kept[name]
+        return kept
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SQFConfig:
+        # transformers deep-copies configs several times on the way to a model; nothing in here is ever altered in
+        # place, so that a shallow copy will do, whatever a field may hold.
+        return copy.copy(self)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_int(value: object, name: str, low: int, high: int) -> None:
+    if not _is_int(value) or not low <= value <= high:  # type: ignore[operator]
+        raise ValueError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
+
+
+def _check_number(value: object, name: str, low: float, high: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} must be None or a number in [{low:g}, {high:g}], got {value!r}")
+
+
+def _check_names(names: object, name: str) -> list[str] | None:
+    if names is None:
+        return None
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"{name} must be None or a list of names, got {names!r}")
+    for pattern in names:
+        _check_pattern(pattern, name)
+    return list(names)
+
+
+def _check_bits(bits: object, name: str) -> float:
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0.0 < bits <= 16.0:
+        raise ValueError(f"{name} must be a number in (0, 16], got {bits!r}")
+    return float(bits)
+
+
+def _check_structure(structure: object, name: str) -> None:
+    parts = structure.split("+") if isinstance(structure, str) else []
+    if structure != "auto" and not (
+        len(parts) in (1, 2) and set(parts) <= set(STRUCTURES) and len(set(parts)) == len(parts)
+    ):
+        allowed = ", ".join(("auto", *STRUCTURES))
+        raise ValueError(f"{name} must be one of {allowed}, or a sum of two such as svd+grid; got {structure!r}")
+
+
+def _check_pattern(pattern: str, name: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _check_overrides(overrides: object) -> dict[str, dict[str, Any]]:
+    if not isinstance(overrides, dict):
+        raise ValueError(f"overrides must map regular expressions to options, got {overrides!r}")
+    checked = {}
+    for pattern, options in overrides.items():
+        name = f"overrides[{pattern!r}]"
+        if not isinstance(pattern, str):
+            raise ValueError(f"{name}: the key must be a regular expression")
+        _check_pattern(pattern, "overrides")
+        if not isinstance(options, dict) or not options or not options.keys() <= {"bits", "structure"}:
+            raise ValueError(f"{name} must hold bits, structure or both, got {options!r}")
+        checked[pattern] = dict(options)
+        if "bits" in options:
+            checked[pattern]["bits"] = _check_bits(options["bits"], f"{name}: bits")
+        if "structure" in options:
+            _check_structure(options["structure"], f"{name}: structure")
+    return checked

@@ -1,0 +1,269 @@
+"""SQFQuantizer: transformers loads, saves and decodes compressed models through it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from .sqf_config import QUANT_METHOD, SQFConfig
+from .sqf_modules import SUFFIX, Held, SQFModule, compress_module, decompress_module, weights_of
+
+COMPANIONS: dict[str, tuple[Callable[[PreTrainedModel], None], Callable[[PreTrainedModel], None]]] = {}
+"""Who else has a part in a compressed model: name -> what to call once it is one, and once it is one no longer."""
+
+
+class SQFQuantizer(HfQuantizer):
+    """Loads compressed checkpoints; hf_sqf derives from it what compresses ordinary ones.
+
+    Attributes:
+        quantization_config: this model's own copy of the config.
+    """
+
+    quantization_config: SQFConfig
+    requires_calibration = False
+
+    def __init__(self, quantization_config: SQFConfig, **kwargs: Any) -> None:
+        super().__init__(copy.copy(quantization_config), **kwargs)
+        self._dtype: torch.dtype | None = None
+        if not self.pre_quantized and self.quantization_config.dequantize:
+            raise ValueError("dequantize=True decodes a compressed checkpoint, and this one is not compressed")
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to compress: these files alone can only load what is compressed."""
+        if not self.pre_quantized:
+            raise ImportError("compressing a model needs the package: `pip install hf-sqf`, then `import hf_sqf`")
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Have experts run one by one, so that only those hit are decoded."""
+        config._experts_implementation = "eager"
+        return config
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        """Note the dtype of the load, which the hook called from here does not get."""
+        self._dtype = dtype
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            prepare(model, kwargs.get("checkpoint_files") or [], self.quantization_config, self._dtype)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.pre_quantized and self.quantization_config.dequantize:
+            decompress(model)
+        else:
+            settle(model)
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Leave no trace of the method in a model that has been decoded."""
+        super().remove_quantization_config(model)
+        for _, detach in COMPANIONS.values():
+            detach(model)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return decompress(model)
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Decode all weights in place, each into the dtype it computes in, or the whole model into ``dtype``."""
+        self._dequantize(model)
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+        return model if dtype is None else model.to(dtype)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what is saved: the state dict, and one tensor that no ordinary load can digest.
+
+        transformers without this quantizer would load the model with random weights and no more than a warning. A
+        ``weight`` of impossible shape turns that into an error.
+        """
+        state = dict(model.state_dict())
+        for name, module in compressed_modules(model):
+            attribute = next(iter(module.held))
+            state[f"{name}.{attribute}" if name else attribute] = torch.zeros(1, dtype=torch.uint8)
+            break
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        """Compressed models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Not on their own."""
+        return False
+
+
+def register(quantizer: type[SQFQuantizer] = SQFQuantizer) -> None:
+    """Make transformers know the method. Calling it again, or from another copy of this file, does no harm."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SQFConfig
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = quantizer
+    if SQFConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:  # else dequantize=True would be ignored, with a warning
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, SQFConfig)
+
+
+def settle(model: PreTrainedModel) -> None:
+    """Call the :data:`COMPANIONS` for a model that has become a compressed one."""
+    for attach, _ in COMPANIONS.values():
+        attach(model)
+
+
+def compressed_modules(model: nn.Module) -> Iterator[tuple[str, SQFModule]]:
+    """Yield the full name and module of everything that holds factors."""
+    for name, module in model.named_modules():
+        if isinstance(module, SQFModule):
+            yield name, module
+
+
+def prepare(model: PreTrainedModel, files: list[str], config: SQFConfig, dtype: torch.dtype | None = None) -> None:
+    """Put compressed modules into a model on the meta device, wherever a checkpoint has factors.
+
+    Args:
+        model: as built from its config, without weights.
+        files: the checkpoint's safetensors files.
+        config: the checkpoint's.
+        dtype: that the model is loaded in.
+
+    Raises:
+        ValueError: factors are missing, left over, or are no packed bytes; names tensor and file.
+    """
+    sites = {}  # the packed tensor's name -> all that is needed to put it in place
+    for prefix, module in model.named_modules():
+        for attribute, held in weights_of(module, prefix).items():
+            sites[held.name] = (module, attribute, held)
+    shapes, sentinels = _read_headers(model, files, set(sites))
+    _check_complete(model, shapes, set(sites), config, files)
+
+    known = {
+        name: (shape, nn.Parameter(torch.empty(shape, dtype=torch.uint8, device="meta"), requires_grad=False))
+        for name, shape in shapes.items()
+        if name in sites
+    }
+    packed = {name: parameter for name, (_, parameter) in known.items()}
+    for target, source in model.all_tied_weights_keys.items():
+        if source + SUFFIX in packed and target + SUFFIX in sites:
+            packed.setdefault(target + SUFFIX, packed[source + SUFFIX])
+    place(model, {name: (*sites[name], parameter) for name, parameter in packed.items()}, dtype)
+    model._keys_to_ignore_on_load_unexpected |= {f"^{re.escape(name)}$" for name in sentinels}
+
+
+def place(
+    model: PreTrainedModel,
+    packed: dict[str, tuple[nn.Module, str, Held, nn.Parameter]],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Make modules of a model hold packed factors, and tie them as the weights were tied.
+
+    Args:
+        model: the model.
+        packed: the packed tensor's full name -> (module, name of the weight in it, its form, packed bytes).
+        dtype: of a load that is under way, for the modules that transformers keeps in float32.
+    """
+    plan = model._get_dtype_plan(dtype) if dtype is not None else {}
+    upcast = build_glob_alternation(list(plan))[0] if plan else None
+    by_module: dict[nn.Module, dict[str, tuple[Held, nn.Parameter]]] = {}
+    for module, attribute, held, parameter in packed.values():
+        by_module.setdefault(module, {})[attribute] = held, parameter
+    for module, weights in by_module.items():
+        name, (held, _) = next(iter(weights.items()))
+        compute = torch.float32 if upcast is not None and upcast.search(held.name) else module._parameters[name].dtype
+        compress_module(module, weights, compute)
+    _rename_ties(model, set(packed), compressed=True)
+
+
+def decompress(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn all compressed modules of a model back into ordinary ones, in place; return the model."""
+    found = list(compressed_modules(model))
+    names: set[str] = set()
+    dense: dict[nn.Parameter, nn.Parameter] = {}
+    for prefix, module in found:
+        for attribute, held in module.held.items():
+            packed = getattr(module, attribute + SUFFIX)
+            if packed.is_meta:
+                raise ValueError(f"{held.name} is offloaded: load the model without offloading to decode it")
+            names.add(f"{prefix}.{attribute}{SUFFIX}" if prefix else attribute + SUFFIX)
+    for _, module in found:
+        decompress_module(module, dense)
+    _rename_ties(model, names, compressed=False)
+    return model
+
+
+def _rename_ties(model: PreTrainedModel, packed: set[str], compressed: bool) -> None:
+    """Let transformers tie ``*_factors`` where it would tie weights that became factors, or the other way round."""
+
+    def renamed(name: str, prefix: str = "") -> str:
+        full = name if not prefix else f"{prefix}.{name}"
+        if compressed:
+            return name + SUFFIX if full + SUFFIX in packed else name
+        return name.removesuffix(SUFFIX) if full in packed else name
+
+    for prefix, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        module.all_tied_weights_keys = {
+            renamed(target, prefix): renamed(source, prefix) for target, source in module.all_tied_weights_keys.items()
+        }
+        if isinstance(module._tied_weights_keys, dict):
+            module._tied_weights_keys = {
+                renamed(target, prefix): renamed(source, prefix) for target, source in module._tied_weights_keys.items()
+            }
+
+
+def _read_headers(
+    model: PreTrainedModel, files: list[str], sites: set[str]
+) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Return the model's name and the shape of every packed tensor in the files, and the names of sentinels.
+
+    Names in a file may be older, or have another prefix, than the model's own; transformers' renaming is applied.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = dict.fromkeys(model.state_dict(), True) | dict.fromkeys(sites, True)
+    shapes, sentinels = {}, set()
+    for file in files:
+        if Path(file).suffix != ".safetensors":
+            raise ValueError(f"{file}: compressed models are stored as safetensors")
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 (not a dictionary)
+                part = opened.get_slice(key)
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                if key.endswith(SUFFIX):
+                    if dtype != "U8" or len(shape) != 1:
+                        raise ValueError(f"{key} in {file} must be 1-D uint8, found {dtype} {shape}: damaged or forged")
+                    name = rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0]
+                    if name in shapes:
+                        raise ValueError(f"{key} in {file}: there is more than one {name}")
+                    shapes[name] = shape
+                elif dtype == "U8" and shape == (1,):
+                    sentinels.add(rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0])
+    return shapes, sentinels
+
+
+def _check_complete(
+    model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], sites: set[str], config: SQFConfig, files: list[str]
+) -> None:
+    where = str(Path(files[0]).parent) if files else "the checkpoint"
+    expected = (config.coverage or {}).get("weights", len(shapes))
+    missing = [name for name in sorted(sites - shapes.keys()) if name.removesuffix(SUFFIX) in model.state_dict()]
+    if len(shapes) < expected:
+        raise ValueError(
+            f"{where} lacks {expected - len(shapes)} of {expected} compressed weights; among {missing[:8]}"
+        )
+    if len(shapes) > expected:
+        raise ValueError(f"{where} has {len(shapes)} compressed weights where its config.json names {expected}")
+    same = type(model).__name__ in (model.config.architectures or [])
+    if same and (strange := sorted(shapes.keys() - sites)):
+        raise ValueError(f"{where} has compressed weights that {type(model).__name__} has no place for: {strange[:8]}")
