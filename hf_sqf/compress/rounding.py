@@ -6,8 +6,8 @@ lower Cholesky factor ``H = L L^T``. With the errors ``e_k = w_k - w^_k`` of the
     d = sum_i g_i^2 sum_j L_jj^2 (t_ij - w^_ij)^2,       t_j = w_j + sum_{k>j} e_k L_kj / L_jj.
 
 So columns are rounded from the last to the first, each target t_j absorbing the errors of those already fixed: Babai's
-nearest plane (Combinatorica 6, 1986). GPTQ (Frantar et al., arXiv 2210.17323) is the same recursion on the inverse of H,
-with the columns in reversed order.
+nearest plane (Combinatorica 6, 1986). GPTQ (Frantar et al., arXiv 2210.17323) is the same recursion on the inverse of
+H, with the columns in reversed order.
 
 With **step_ij = c / (L_jj g_i)** every entry's error costs the same c^2 / 12 whatever it weighs: reverse water-filling,
 where rates follow importance, zeros appear where nothing is lost, and c alone governs a whole model.

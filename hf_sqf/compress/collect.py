@@ -1,0 +1,251 @@
+"""Runs calibration data through a model and measures the statistics of its weights."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..runtime.sqf_modules import SUFFIX, Held
+from .recorder import Recorder, measuring, shared_inputs
+from .statistics import (
+    FileMoments,
+    Statistics,
+    choose_diagonal_shrinkage,
+    choose_shrinkage,
+    fingerprint,
+    shrink_diagonal,
+    typical_importance,
+)
+from .targets import Target
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Tensor]
+UNTESTED = 0.1
+"""Shrinkage of what no held-out data reached."""
+_ROWS = 64  # rows of logits whose probabilities are held at a time
+
+
+def collect(
+    model: PreTrainedModel,
+    targets: Iterable[Target],
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
+    seed: int = 0,
+    memory: int | None = None,
+) -> Statistics:
+    """Measure the statistics of a model's weights.
+
+    Args:
+        model: with dense weights.
+        targets: the weights to be compressed.
+        batches: inputs of the model, without padding (what is padded would be measured too).
+        held_out: inputs on which shrinkage is chosen.
+        seed: of the labels drawn.
+        memory: bytes that the moments H may take; where they need more, they are measured in several passes over the
+            data and lie in files meanwhile. None lets them take as much as the model's parameters do.
+
+    Raises:
+        ValueError: there is no data, or activations or gradients are not finite.
+    """
+    if not batches or not held_out:
+        raise ValueError("calibration needs data: two sequences or inputs at least")
+    collection = _Collection(model, list(targets))
+    limit = memory or sum(p.numel() * p.element_size() for p in model.parameters())
+    with measuring(model):
+        shared = shared_inputs(model, collection.weights, batches[0])
+        passes = collection.plan(shared, limit)
+        steps = len(passes) * (len(batches) + len(held_out))
+        recorder = Recorder(collection.weights, shared, collection.head)
+        with recorder, transformers_logging.tqdm(total=steps, desc="Calibrating") as bar:
+            for number, wanted in enumerate(passes):
+                recorder.wanted = wanted
+                generator = torch.Generator().manual_seed(seed)
+                for recorder.held_out, group in ((False, batches), (True, held_out)):
+                    for batch in group:
+                        rows = _measure(model, recorder, batch, generator, gradients=number == 0)
+                        collection.rows += 0 if recorder.held_out else rows
+                        bar.update()
+                collection.finish_moments(recorder)
+                if number == 0:
+                    collection.gradients(recorder)
+                if len(passes) > 1:
+                    collection.spool()
+    return collection.statistics()
+
+
+def _measure(model: nn.Module, recorder: Recorder, batch: Batch, generator: torch.Generator, gradients: bool) -> int:
+    """Run one batch, with the gradient of the log-likelihood of labels drawn from the output; return the rows of it."""
+    if not gradients:
+        with torch.no_grad():
+            model(**batch)
+        return 0
+    # Inputs that are not looked up in a table are where the graph begins.
+    batch = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in batch.items()}
+    output = model(**batch)
+    target, gradient = _likelihood(output, generator)
+    recorder.backward(target, gradient)
+    return gradient.numel() // gradient.shape[-1]
+
+
+def _likelihood(output: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Return an output (..., C) and the gradient of a random loss there, whose second moment is the Fisher information.
+
+    For logits the loss is -log p_y with y drawn from p, so that the gradient is ``p - 1_y``. For a model without a
+    head it is a random projection of its mean-pooled, normalised embedding, whose second moment measures the squared
+    error of the embedding.
+    """
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        embedding = F.normalize(_pooled(output), dim=-1)
+        return embedding, torch.randn(embedding.shape, generator=generator).to(embedding)
+    if logits.dim() == 4:  # segmentation: (batch, classes, height, width)
+        logits = logits.movedim(1, -1)
+    gradient = torch.empty_like(logits)
+    rows = zip(logits.detach().flatten(0, -2).split(_ROWS), gradient.flatten(0, -2).split(_ROWS), strict=True)
+    for z, delta in rows:
+        p = z.float().softmax(-1)
+        below = p.cumsum(-1)
+        draw = torch.rand(len(p), 1, generator=generator).to(p.device) * below[:, -1:]
+        y = torch.searchsorted(below, draw).clamp_max_(p.shape[1] - 1)
+        delta.copy_(p.scatter_add_(1, y, torch.full_like(draw, -1.0)))
+    return logits, gradient
+
+
+def _pooled(output: Any) -> Tensor:  # noqa: ANN401
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        raise ValueError(f"calibration needs logits or last_hidden_state; {type(output).__name__} has neither")
+    return hidden.flatten(2).mean(-1) if hidden.dim() == 4 else hidden.mean(1)
+
+
+class _Collection:
+    """What is known of a model's weights, and how sums become statistics."""
+
+    def __init__(self, model: PreTrainedModel, targets: list[Target]) -> None:
+        self.model, self.targets = model, targets
+        self.weights: dict[str, nn.Module | nn.Parameter] = {}
+        self.held: dict[str, Held] = {}
+        self.head: str | None = None
+        output = model.get_output_embeddings()
+        for target in targets:
+            for module, _, held in target.sites:
+                name = held.name.removesuffix(SUFFIX)
+                self.held[name] = held
+                self.weights[name] = target.parameter if held.stacked else module
+                self.head = name if module is output else self.head
+        self.rows = 0
+        self.moments: dict[str, Tensor] = {}
+        self.energies: dict[str, Tensor] = {}
+        self.inputs: dict[str, str] = {}
+        self.shrinkage: dict[str, float] = {}
+        self.notes: dict[str, str] = {}
+        self.files: list[Path] = []
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def plan(self, shared: Mapping[str, str], limit: int) -> list[set[str] | None]:
+        """Cut the inputs into passes whose moments fit into ``limit`` bytes; log what they need."""
+        sizes: dict[str, int] = {}
+        for name, held in self.held.items():
+            if shared.get(name, name) == name:
+                slices = [f"{name}.{i}" for i in range(held.shape[0])] if held.stacked else [name]
+                sizes |= dict.fromkeys(slices, 4 * held.matrix_shape[1] ** 2)
+        passes: list[set[str]] = [set()]
+        # The moments of embeddings come with the gradients of the first pass, and a head tied to them goes with them.
+        first = {n for n, w in self.weights.items() if isinstance(w, nn.Embedding)} | {self.head}
+        room = limit
+        for name, size in sorted(sizes.items(), key=lambda item: item[0] not in first):
+            if size > room and passes[-1] and name not in first:
+                passes.append(set())
+                room = limit
+            passes[-1].add(name)
+            room -= size
+        logger.info("statistics of %d inputs need %.0f MB: %d passes of up to %.0f MB each",
+                    len(sizes), sum(sizes.values()) / 1e6, len(passes), limit / 1e6)  # fmt: skip
+        return list(passes) if len(passes) > 1 else [None]
+
+    def finish_moments(self, recorder: Recorder) -> None:
+        """Turn the sums of a pass into means and choose their shrinkage."""
+        for key, total in recorder.moments.items():
+            H = total.div_(recorder.counts[key])
+            held = recorder.held_inputs.pop(key, None)
+            self.shrinkage[key] = choose_shrinkage(H, torch.cat(held)) if held else UNTESTED
+            if recorder.counts[key] < len(H):
+                logger.warning("%s: %d rows of data for %d dimensions, shrunk by %.4g towards the identity",
+                               key, recorder.counts[key], len(H), self.shrinkage[key])  # fmt: skip
+            self.moments[key] = H
+        recorder.moments = {}
+
+    def spool(self) -> None:
+        """Move the moments so far to a file, which lives as long as the statistics do."""
+        self.folder = self.folder or tempfile.TemporaryDirectory(prefix="sqf-")
+        self.files.append(Path(self.folder.name) / f"{len(self.files)}.safetensors")
+        save_file({f"H:{key}": H for key, H in self.moments.items()}, self.files[-1])
+        self.moments = {}
+
+    def gradients(self, recorder: Recorder) -> None:
+        """Turn the sums of the gradients' squares into ``g^2`` for one row of predictions, and join tied weights."""
+        for target in self.targets:
+            names = [held.name.removesuffix(SUFFIX) for _, _, held in target.sites]
+            if target.held.stacked:
+                for i in range(target.held.shape[0]):
+                    self._gradient(recorder, f"{target.name}.{i}")
+            else:
+                for name in names:
+                    self._gradient(recorder, name)
+            if len(found := [name for name in names if name in self.energies]) > 1:
+                self._join(target.name, found)
+
+    def _gradient(self, recorder: Recorder, name: str) -> None:
+        energy, key = recorder.energies.get(name), recorder.shared.get(name, name)
+        if energy is None or not energy.any():
+            self.notes[name] = "the data did not reach it"
+            return
+        held = recorder.held_energies.get(name)
+        self.shrinkage[f"{name}:g"] = choose_diagonal_shrinkage(energy, held) if held is not None else UNTESTED
+        if isinstance(self.weights.get(name), nn.Embedding):
+            # E over the positions of 1_id (x) delta delta^T: the energy of a row is its share of all.
+            energy = energy / energy.sum() * recorder.counts[key]
+        self.energies[name], self.inputs[name] = energy / self.rows, key
+
+    def _join(self, name: str, parts: list[str]) -> None:
+        """Join the metrics of tied weights: the nearest single product to ``sum_p diag(g_p^2) (x) H_p``.
+
+        Its factors are the partial traces, ``H = sum_p tr(g_p^2) H_p`` and ``g^2 = sum_p tr(H_p) g_p^2 / tr(H)``.
+        """
+        moments = [self.moments[self.inputs[part]] for part in parts]
+        energies = [shrink_diagonal(self.energies[part], self.shrinkage[f"{part}:g"]) for part in parts]
+        traces = [H.trace() for H in moments]
+        H = torch.stack([energy.sum() * moment for energy, moment in zip(energies, moments, strict=True)]).sum(0)
+        energy = torch.stack([trace * energy for trace, energy in zip(traces, energies, strict=True)]).sum(0)
+        shares = [self.shrinkage[self.inputs[part]] for part in parts]
+        for part in parts:
+            del self.energies[part], self.shrinkage[f"{part}:g"]
+        self.moments[name], self.energies[name] = H, energy / H.trace()
+        self.inputs[name], self.shrinkage[name], self.shrinkage[f"{name}:g"] = name, max(shares), 0.0
+
+    def statistics(self) -> Statistics:
+        """Return what was measured."""
+        moments = FileMoments(self.files, self.folder) if self.files else self.moments
+        for name in [name for name in self.energies if self.inputs[name] not in moments]:
+            del self.energies[name]
+            self.notes[name] = "its inputs are not rows that a matrix multiplies"
+        if not self.files:  # parts of what was joined are not needed any more
+            used = {self.inputs[name] for name in self.energies}
+            moments = {key: H for key, H in self.moments.items() if key in used}
+        for name, note in self.notes.items():
+            logger.warning("%s: %s; it is given the importance of a typical weight", name, note)
+        mark = fingerprint(self.model)
+        found = Statistics(moments, self.energies, self.inputs, self.shrinkage, 1.0, self.rows, mark, self.notes)
+        return replace(found, typical=typical_importance(found, self.targets)) if self.notes else found

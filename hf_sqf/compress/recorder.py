@@ -1,0 +1,234 @@
+"""What a model's layers see while it runs: second moments of their inputs and of the loss gradient at their outputs.
+
+For a weight W with inputs x and outputs y = W x, the loss being the negative log-likelihood of labels *drawn from the
+model's own predictions*, the Fisher information of W is ``E[x x^T (x) delta delta^T]`` with ``delta = dloss/dy``. Its
+Kronecker factors (Martens and Grosse, arXiv 1503.05671) are ``H = E[x x^T]`` and ``G = E[delta delta^T]``, of which the
+diagonal g^2 is kept.
+
+A table of embeddings has one-hot inputs, so that its factors change places: ``E[delta delta^T]`` takes the part of H,
+and g^2 says how much of the gradient's energy reaches each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+HELD_ROWS = 32
+"""Input rows kept of every batch that is held out."""
+
+
+def input_rows(module: nn.Module, x: Tensor) -> Tensor | None:
+    """Return a layer's input as the rows (N, n) that its weight (m, n) multiplies; None for grouped convolutions."""
+    if isinstance(module, CONVOLUTIONS):
+        if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+            return None
+        if not isinstance(module, nn.Conv2d):
+            return _patches(module, x)
+        return F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).mT.flatten(0, 1)
+    return x.flatten(0, -2)
+
+
+def _patches(module: nn.Conv1d | nn.Conv3d, x: Tensor) -> Tensor | None:
+    """Rows of a convolution over one or three dimensions: F.unfold knows two only."""
+    if any(d != 1 for d in module.dilation):
+        return None
+    pads = [int(size) for size in reversed(module.padding) for _ in range(2)]
+    x = F.pad(x, pads)
+    for axis, (kernel, stride) in enumerate(zip(module.kernel_size, module.stride, strict=True)):
+        x = x.unfold(2 + axis, kernel, stride)
+    axes = len(module.kernel_size)
+    places = [0, *range(2, 2 + axes)]
+    return x.permute(*places, 1, *range(2 + axes, 2 + 2 * axes)).flatten(axes + 1).flatten(0, axes)
+
+
+def output_rows(module: nn.Module, y: Tensor) -> Tensor:
+    """Return a layer's output, or the gradient there, as rows (N, m)."""
+    return (y.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else y).flatten(0, -2)
+
+
+class Recorder(TorchFunctionMode):
+    """Sums second moments over the batches that run within it.
+
+    Attributes:
+        moments: input's name -> sum of ``x x^T``, float32 (n, n). An input that several weights share is summed once,
+            under the name of the first of them.
+        counts: input's name -> number of rows x summed.
+        energies: weight's name -> sum of ``delta^2``, float32 (m,).
+        held_inputs: input's name -> rows x kept of the batches held out, [(k, n)].
+        held_energies: weight's name -> sum of ``delta^2`` over the batches held out.
+        shared: weight's name -> name of its input.
+        held_out: whether batches are held out now.
+        wanted: names of the inputs to sum; None for all.
+
+    Args:
+        weights: a weight's name -> its module; or the 3-D parameter of a module of experts, whose slices are then
+            recorded as ``name.0``, ``name.1``, ...
+        shared: weight's name -> input's name, as :func:`shared_inputs` found them.
+        head: the name of the output embeddings, whose outputs are the logits.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, nn.Module | nn.Parameter], shared: Mapping[str, str], head: str | None
+    ) -> None:
+        super().__init__()
+        self._modules = {name: w for name, w in weights.items() if isinstance(w, nn.Module)}
+        self._experts = {id(w): name for name, w in weights.items() if isinstance(w, nn.Parameter)}
+        self._slices: dict[int, tuple[Tensor, str]] = {}
+        self.shared, self._head = shared, head
+        self._stack = ExitStack()
+        self._backward = False
+        self.moments: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.energies: dict[str, Tensor] = {}
+        self.held_inputs: dict[str, list[Tensor]] = {}
+        self.held_energies: dict[str, Tensor] = {}
+        self.held_out = False
+        self.wanted: set[str] | None = None
+
+    def __enter__(self) -> Recorder:
+        """Hook the modules."""
+        for name, module in self._modules.items():
+            hook = self._embedding_hook if isinstance(module, nn.Embedding) else self._layer_hook
+            self._stack.callback(module.register_forward_hook(partial(hook, name)).remove)
+        super().__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leave no hook behind."""
+        super().__exit__(kind, error, trace)
+        self._stack.close()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
+        """Watch experts: they multiply by slices of one parameter, without modules of their own to hook."""
+        result = func(*args, **(kwargs or {}))
+        if self._experts and func is Tensor.__getitem__ and id(args[0]) in self._experts:
+            self._slices = {id(result): (result, f"{self._experts[id(args[0])]}.{int(args[1])}")}
+        elif func is F.linear and id(args[1]) in self._slices:
+            name = self._slices[id(args[1])][1]
+            self._record(name, args[0].detach().flatten(0, -2), result)
+        return result
+
+    def backward(self, output: Tensor, gradient: Tensor) -> None:
+        """Send ``gradient`` back from ``output``; layers that run again for it are not counted twice."""
+        self._backward = True
+        output.backward(gradient)
+        self._backward = False
+
+    def _layer_hook(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        needed = self.shared.get(name, name) == name
+        self._record(name, input_rows(module, args[0].detach()) if needed else None, output, module)
+
+    def _record(self, name: str, rows: Tensor | None, output: Tensor, module: nn.Module | None = None) -> None:
+        if self._backward:
+            return
+        if rows is not None:
+            self._add_moment(name, rows)
+        if output.requires_grad:
+            output.register_hook(partial(self._add_energy, name, module))
+
+    def _add_energy(self, name: str, module: nn.Module | None, gradient: Tensor) -> None:
+        delta = output_rows(module, gradient).float() if module is not None else gradient.flatten(0, -2).float()
+        # At the logits delta = p - 1_y. Its mean square over labels y drawn from p is p (1 - p), which is
+        # |delta| (1 - |delta|) whichever was drawn.
+        square = delta.abs() * (1.0 - delta.abs()) if name == self._head else delta.square()
+        self._add(self.held_energies if self.held_out else self.energies, name, square.sum(0))
+
+    def _embedding_hook(self, name: str, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if self._backward or not torch.is_grad_enabled():
+            return output
+        ids = args[0].detach().flatten()
+
+        def add(gradient: Tensor) -> None:
+            delta = gradient.flatten(0, -2).float()
+            rows = torch.zeros(module.num_embeddings, device=delta.device).index_add_(0, ids, delta.square().sum(1))
+            self._add(self.held_energies if self.held_out else self.energies, name, rows)
+            self._add_moment(name, delta)
+
+        output = output.requires_grad_()
+        output.register_hook(add)
+        return output
+
+    def _add_moment(self, key: str, rows: Tensor) -> None:
+        if self.wanted is not None and key not in self.wanted:
+            return
+        if not torch.isfinite(rows).all():
+            raise ValueError(f"{key}: activations or gradients are not finite; load the model in bfloat16 or float32")
+        rows = rows.float()
+        if self.held_out:
+            every = max(1, -(-len(rows) // HELD_ROWS))
+            self.held_inputs.setdefault(key, []).append(rows[::every].clone())
+            return
+        if key not in self.moments:
+            self.moments[key] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        self.moments[key].addmm_(rows.T, rows)
+        self.counts[key] = self.counts.get(key, 0) + len(rows)
+
+    @staticmethod
+    def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def shared_inputs(
+    model: nn.Module, weights: Mapping[str, nn.Module | nn.Parameter], batch: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Run one batch and return for each layer the name of the first one that had the very same input (q, k and v)."""
+    first: dict[int, tuple[Tensor, str]] = {}  # holds the inputs, so that no id is given twice
+    calls: dict[str, list[str]] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        del module, output
+        calls.setdefault(name, []).append(first.setdefault(id(args[0]), (args[0], name))[1])
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in weights.items():
+            if isinstance(module, (nn.Linear, Conv1D)):
+                stack.callback(module.register_forward_hook(partial(note, name)).remove)
+        model(**batch)
+    return {name: keys[0] if len(keys) == 1 and len(calls[keys[0]]) == 1 else name for name, keys in calls.items()}
+
+
+@contextmanager
+def measuring(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into the state to be measured in, and back: evaluation, frozen weights, recomputed activations."""
+    was_training = model.training
+    cache = getattr(model.config, "use_cache", None)
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
+    model.eval()
+    if cache is not None:
+        model.config.use_cache = False
+    for p in frozen:
+        p.requires_grad_(False)
+    if experts is not None and any(experts.values()):
+        model.set_experts_implementation("eager")
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    before = [(m.gradient_checkpointing, getattr(m, "_gradient_checkpointing_func", None)) for m in layers]
+    for layer in layers:  # only the layer itself is told that it trains: what lies in it (dropout) is not
+        layer.gradient_checkpointing, layer.training = True, True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer, (flag, function) in zip(layers, before, strict=True):
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func = flag, function  # type: ignore[assignment]
+        model.train(was_training)
+        if cache is not None:
+            model.config.use_cache = cache
+        for p in frozen:
+            p.requires_grad_(True)
+        if experts is not None and any(experts.values()):
+            model.set_experts_implementation(experts)
