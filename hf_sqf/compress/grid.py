@@ -1,7 +1,8 @@
 """``grid``: codes on a grid of steps, the dictionary being the identity.
 
 Entropy-coded scalar quantization with steps ``step_j * row_i = c / (L_jj g_i)``: every entry carries the same
-expected loss c^2 / 12 (reverse water-filling), and zeros appear where nothing is lost.
+expected loss c^2 / 12 (reverse water-filling), and zeros appear where nothing is lost. Where H says how columns
+go together, their rounding errors cancel (:mod:`.rounding`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..runtime.sqf_factors import FINE, Factors, Term, log_scale, nearest_log_scale
 from .metric import Metric
 from .rate import term_bits
+from .rounding import round_in_metric
 from .solution import Solution
 
 RESOLUTION = 16
@@ -35,6 +37,14 @@ class Scales:
     steps: Tensor
     rows: Tensor
 
+    def step_values(self) -> Tensor:
+        """float32 (n,) or (1,): the columns' steps, the scale folded in."""
+        return log_scale(self.steps, RESOLUTION) * log_scale(torch.tensor(self.scale), FINE)
+
+    def row_values(self) -> Tensor:
+        """float32 (m,) or (1,)."""
+        return log_scale(self.rows, RESOLUTION)
+
     def term(self, codes: Tensor) -> Term:
         """Return the term of these scales and integer codes (m, n), in the narrowest type that holds them."""
         return Term(narrow(codes), self.scale, self.steps, self.rows, None, RESOLUTION, RESOLUTION)
@@ -53,8 +63,7 @@ def grid_scales(metric: Metric, step: float) -> Scales:
 
 def round_plain(weight: Tensor, scales: Scales) -> Tensor:
     """Return each entry's nearest code, (m, n)."""
-    step = log_scale(scales.steps, RESOLUTION) * log_scale(torch.tensor(scales.scale), FINE)
-    return torch.round(weight.float() / (step * log_scale(scales.rows, RESOLUTION)[:, None]))
+    return torch.round(weight.float() / (scales.step_values() * scales.row_values()[:, None]))
 
 
 def narrow(codes: Tensor) -> Tensor:
@@ -74,7 +83,10 @@ def solve_grid(weight: Tensor, metric: Metric, step: float) -> Solution:
         step: c, in the metric's units.
     """
     scales = grid_scales(metric, step)
-    codes = round_plain(weight, scales)
+    if metric.H is None:
+        codes = round_plain(weight, scales)
+    else:
+        codes = round_in_metric(weight, scales.step_values(), scales.row_values(), metric.cholesky())
     term = scales.term(codes)
     factors = Factors((weight.shape[0], weight.shape[1]), "grid", (term,))
     distortion = metric.distance(weight, factors.dense())
