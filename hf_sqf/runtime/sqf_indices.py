@@ -1,0 +1,141 @@
+"""Sequences of indices <-> bytes: the codes of one-hot rows, drawn from K atoms.
+
+An index is split into a symbol of at most 8 bits and a plane of plain low bits. The symbols' probabilities are
+either equal or come from a table of eighths of an octave, whichever takes fewer bytes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from . import sqf_rans
+from .sqf_bytes import Reader, Writer, pack_bits, packed_size, unpack_bits
+from .sqf_codec import CHUNK, SYMBOLS_PER_BYTE, decode_integers, encode_integers, lanes_for
+from .sqf_jit import HAVE_NUMBA
+from .sqf_models import SYMBOLS, TOTAL
+from .sqf_rans import Contexts
+
+_FLAT, _TABLE = 0, 1
+_UNUSED = 127  # the table's entry of an index that does not occur; others are below
+_EIGHTHS = tuple(float(x) for x in (
+    1.0, 0.9170040432046712, 0.8408964152537145, 0.7711054127039704,
+    0.7071067811865476, 0.6484197773255048, 0.5946035575013605, 0.5452538663326288,
+))  # 2^(-i / 8)  # fmt: skip
+
+
+def _frequencies(levels: np.ndarray) -> np.ndarray:
+    """Return int32 (K,), summing up to 4096: every used symbol has 1 and its share of the rest."""
+    used = levels < _UNUSED
+    weight = np.where(used, np.ldexp(np.array(_EIGHTHS)[levels % 8], -(levels // 8)), 0.0)
+    shares = np.cumsum(weight)
+    bounds = np.floor(shares / shares[-1] * (TOTAL - int(used.sum())) + 0.5).astype(np.int64)
+    return (np.diff(bounds, prepend=0) + used).astype(np.int32)
+
+
+def _levels(counts: np.ndarray) -> np.ndarray:
+    """Return the table, int64 (K,), that suits these counts."""
+    target = np.maximum(counts / counts.sum() * TOTAL - 1, 0.25)
+    levels = np.clip(np.rint(8 * np.log2(target.max() / target)), 0, _UNUSED - 1)
+    return np.where(counts > 0, levels, _UNUSED).astype(np.int64)
+
+
+def _contexts(frequencies: np.ndarray, count: int) -> Contexts:
+    table = np.zeros((1, 1, SYMBOLS), np.int32)
+    table[0, 0, : len(frequencies)] = frequencies
+    return Contexts(np.zeros(1, np.int32), np.zeros(count, np.int32), table)
+
+
+def _split(atoms: int) -> tuple[int, int]:
+    """Return the number of low bits and the number of symbols for indices below ``atoms``."""
+    shift = max(0, (atoms - 1).bit_length() - 8)
+    return shift, (atoms - 1 >> shift) + 1
+
+
+def encode_indices(indices: np.ndarray, atoms: int, compiled: bool = HAVE_NUMBA) -> bytes:
+    """Return the bytes of indices (r,), each in 0..atoms - 1.
+
+    Raises:
+        ValueError: an index is out of range.
+    """
+    indices = np.asarray(indices)
+    if indices.ndim != 1 or (len(indices) and (indices.min() < 0 or indices.max() >= atoms)):
+        raise ValueError(f"indices must be 1-D and lie in 0..{atoms - 1}")
+    out = Writer()
+    if atoms == 1 or not len(indices):
+        return b""
+    shift, symbols = _split(atoms)
+    high = (indices >> shift).astype(np.int64)
+    counts = np.bincount(high, minlength=symbols)
+    choices = []
+    for kind, levels in ((_FLAT, np.zeros(symbols, np.int64)), (_TABLE, _levels(counts))):
+        frequencies = _frequencies(levels)
+        bits = float(counts @ (12 - np.log2(np.maximum(frequencies, 1))))
+        table = encode_integers(np.diff(levels, prepend=0)[None], compiled=compiled) if kind == _TABLE else b""
+        choices.append((bits + 8 * len(table), kind, frequencies, table))
+    bits, kind, frequencies, table = min(choices, key=lambda c: c[0])
+    out.byte(kind)
+    if kind == _TABLE:
+        out.block(table)
+    streams, planes = [], []
+    for first in range(0, len(indices), CHUNK):
+        part = high[first : first + CHUNK]
+        lanes = lanes_for(bits * len(part) / len(indices))
+        contexts = _contexts(frequencies, len(part))
+        streams.append(sqf_rans.encode((part - 128).astype(np.int8), None, contexts, lanes, compiled))
+        planes.append(pack_bits(indices[first : first + CHUNK] & (1 << shift) - 1, shift))
+    for states, words in streams:
+        out.unsigned(len(states))
+        out.unsigned(len(words))
+    for (states, words), plane in zip(streams, planes, strict=True):
+        out.raw(states.astype("<u4").tobytes())
+        out.raw(words.astype("<u2").tobytes())
+        out.raw(plane)
+    return bytes(out)
+
+
+def decode_indices(
+    data: bytes | memoryview, count: int, atoms: int, backend: str = "auto", device: torch.device | str = "cpu"
+) -> np.ndarray:
+    """Return the indices of :func:`encode_indices`, int16 (count,), or int32 where ``atoms`` asks for it.
+
+    Raises:
+        ValueError: the bytes are damaged.
+    """
+    dtype = np.int16 if atoms <= 1 << 15 else np.int32
+    reader = Reader(data)
+    if atoms == 1 or count == 0:
+        reader.end()
+        if count > 1 << 24:
+            raise ValueError(f"{count} equal indices")
+        return np.zeros(count, dtype)
+    if atoms < 1 or count > reader.left * SYMBOLS_PER_BYTE:
+        raise ValueError(f"{reader.left} bytes cannot hold {count} indices")
+    shift, symbols = _split(atoms)
+    kind = reader.byte()
+    levels = np.zeros(symbols, np.int64)
+    if kind == _TABLE:
+        levels = np.cumsum(decode_integers(reader.block(), (1, symbols))[0].astype(np.int64))
+        if levels.min() < 0 or levels.max() > _UNUSED or levels.min() == _UNUSED:
+            raise ValueError("a table of frequencies is damaged")
+    elif kind != _FLAT:
+        raise ValueError("indices are coded in a way that this version does not know")
+    frequencies = _frequencies(levels)
+    sizes = []
+    for first in range(0, count, CHUNK):
+        length = min(CHUNK, count - first)
+        lanes, words = reader.unsigned(min(length, 1 << 16)), reader.unsigned(length)
+        if lanes == 0 or length > (4 * lanes + 2 * words) * SYMBOLS_PER_BYTE:
+            raise ValueError(f"a chunk of {length} indices has {lanes} lanes and {words} words")
+        sizes.append((length, lanes, words))
+    parts = []
+    for length, lanes, words in sizes:
+        states, stream = reader.array("u4", lanes), reader.array("u2", words)
+        symbol = sqf_rans.decode(states, stream, _contexts(frequencies, length), None, backend, device)
+        low = unpack_bits(reader.raw(packed_size(shift, length)), shift, length)
+        parts.append((symbol.astype(np.int32) + 128 << shift | low.astype(np.int32)).astype(np.int32))
+    reader.end()
+    indices = np.concatenate(parts)
+    if indices.max() >= atoms:
+        raise ValueError("an index is out of range")
+    return indices.astype(dtype)
