@@ -30,8 +30,9 @@ from .sqf_models import (
     Model,
     frequencies,
 )
+from .sqf_paths import codes_of_points, points_of_codes
 from .sqf_rans import Contexts
-from .sqf_trellis import MACHINES, Machine, codes_of_points, points_of_codes
+from .sqf_trellis import Machine, machine
 
 CHUNK = 1 << 20
 """Symbols in a chunk of rows, at most (but at least one row)."""
@@ -54,17 +55,8 @@ def _chunks(m: int, n: int) -> Iterator[slice]:
     return (slice(i, min(i + rows, m)) for i in range(0, m, rows))
 
 
-def machine_of(trellis: int) -> Machine | None:
-    """Return the machine of ``trellis`` states, None for 0.
-
-    Raises:
-        ValueError: no machine has that many states.
-    """
-    if trellis == 0:
-        return None
-    if trellis not in MACHINES:
-        raise ValueError(f"trellis must be 0 or one of {sorted(MACHINES)}, not {trellis}")
-    return MACHINES[trellis]
+def _machine(trellis: int) -> Machine | None:
+    return machine(trellis) if trellis else None
 
 
 def _prior(prior: np.ndarray | None, count: int) -> np.ndarray:
@@ -117,15 +109,15 @@ def _escape_bits(codes: np.ndarray, shift: int) -> int:
 def _prepare(values: np.ndarray, trellis: int) -> list[_Codes]:
     """Return the ways to split values that are worth costing: without a plane of low bits, and with one."""
     m, n = values.shape
-    machine, offset, groups = machine_of(trellis), 0, None
-    if machine is not None:
+    states_machine, offset, groups = _machine(trellis), 0, None
+    if states_machine is not None:
         codes, groups = np.empty((m, n), np.int32), np.empty((m, n), np.uint8)
         for rows in _chunks(m, n):
             try:
-                codes[rows], states = codes_of_points(values[rows], machine)
+                codes[rows], states = codes_of_points(values[rows], states_machine)
             except ValueError as error:
                 raise ValueError(f"rows {rows.start}..{rows.stop}: {error}") from None
-            groups[rows] = machine.quantizer_of_state[states]
+            groups[rows] = states_machine.grid[states]
     elif m == 1:
         offset = int(np.partition(values[0], n // 2)[n // 2])
         codes = values.astype(np.int64) - offset
@@ -320,9 +312,9 @@ def _contexts(plan: Plan, row_prior: np.ndarray, col_prior: np.ndarray, trellis:
         frequencies(model.shape, model.zero, grid)[np.clip(classes + model.offset - plan.models[0].offset, 0, CLASSES - 1)]
         for model, grid in zip(plan.models, grids, strict=True)
     ])  # fmt: skip
-    machine = machine_of(trellis)
-    groups = () if machine is None else tuple(int(q) for q in machine.quantizer_of_state)
-    return Contexts((rows - lowest).astype(np.int32), cols.astype(np.int32), table, machine, groups)
+    states_machine = _machine(trellis)
+    groups = () if states_machine is None else tuple(states_machine.grid.tolist())
+    return Contexts((rows - lowest).astype(np.int32), cols.astype(np.int32), table, states_machine, groups)
 
 
 # ---------------------------------------------------------------------------------------------- decoding
@@ -371,16 +363,16 @@ def decode_integers(
         raise ValueError("an array uses a feature that this version does not know")
     if m * n == 0 or m * n > reader.left * SYMBOLS_PER_BYTE:
         raise ValueError(f"{reader.left} bytes cannot hold an array of shape {m} x {n}")
-    machine = machine_of(trellis)
+    states_machine = _machine(trellis)
     offset = reader.signed() if flags & _OFFSET else 0
     shift = reader.byte() if flags & _SHIFT else 0
     escape_bits = reader.byte() if flags & _ESCAPES else 0
     if shift > 31 or escape_bits > 33:
         raise ValueError("an array's header is damaged")
-    plan = _read_plan(reader, m, n, flags, 1 if machine is None else 2)
+    plan = _read_plan(reader, m, n, flags, 1 if states_machine is None else 2)
     contexts = _contexts(plan, _prior(row_prior, m), _prior(col_prior, n), trellis)
     out = np.empty((stop - start, n), _WIDTHS[flags & 3])
-    parts = _read_chunks(reader, m, n, flags, shift, escape_bits, machine is not None)
+    parts = _read_chunks(reader, m, n, flags, shift, escape_bits, states_machine is not None)
 
     def decode(part: tuple[slice, _Chunk]) -> None:
         where, chunk = part
@@ -388,13 +380,13 @@ def decode_integers(
         first, last = max(where.start, start), min(where.stop, stop)
         inside = slice(first - where.start, last - where.start)
         target = out[first - start : last - start]
-        if machine is None:
+        if states_machine is None:
             _store(values[inside], offset, target)
         elif first == where.start and last == where.stop:
-            _points(values, machine, target)
+            _points(values, states_machine, target)
         else:
             whole = np.empty(values.shape, out.dtype)
-            _points(values, machine, whole)
+            _points(values, states_machine, whole)
             target[:] = whole[inside]
 
     wanted = [(where, chunk) for where, chunk in parts if where.start < stop and where.stop > start]

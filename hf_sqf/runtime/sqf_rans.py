@@ -227,7 +227,7 @@ def _decode_vectors(
     machine = contexts.machine
     if machine is not None:
         base = np.array(contexts.group_of_state, np.int64) * (contexts.classes * TOTAL)
-        step = machine.next_state.reshape(-1)
+        step = machine.next_state.reshape(-1).astype(np.uint8)
         column = np.zeros(count + n, np.uint8)  # the state of every symbol: that of the row above moves n on
     entries = np.empty(count, np.int64)
     x, source = states.astype(np.int64), words.astype(np.int64)
@@ -258,7 +258,7 @@ def _decode_vectors(
             at += len(reading)
         if machine is not None:
             odd = entry & 1 if parity is None else parity[t:end]
-            column[t + n : end + n] = step[column[t:end] * 2 + odd]
+            column[t + n : end + n] = step[column[t:end].astype(np.int64) * 2 + odd]
         states[: end - t] = x
     out[:] = entries.astype(np.uint8)
     return at
@@ -381,7 +381,7 @@ def decode(
         else:
             base = np.array(contexts.group_of_state, np.uint32) * np.uint32(contexts.classes)
             odd = np.zeros(0, np.uint8) if parity is None else parity
-            read = _decode_compiled_machine(*common, base, contexts.machine.next_state.reshape(-1), odd, out)
+            read = _decode_compiled_machine(*common, base, contexts.machine.next_state.reshape(-1).astype(np.uint8), odd, out)
     elif backend == "numpy":
         read = _decode_vectors(words, x, contexts, parity, out)
     elif backend == "torch":
