@@ -6,6 +6,8 @@ Importing the package makes the quantization method ``"sqf"`` known to transform
 from .compress.factorize import factorize
 from .compress.model import compress, dequantize
 from .compress.on_load import CompressingQuantizer
+from .hub import saving as _saving  # noqa: F401  (so that saved models bring a card)
+from .runtime import sqf_hub as _sqf_hub  # noqa: F401  (so that saved models bring the code that loads them)
 from .runtime.sqf_config import SQFConfig
 from .runtime.sqf_factors import Factors
 from .runtime.sqf_quantizer import register

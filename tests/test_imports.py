@@ -1,6 +1,6 @@
 """Imports point one way, and the runtime folder stands on its own.
 
-    cli -> hub, report, training -> compress -> runtime
+    cli -> hub -> report, training -> compress -> runtime
 
 ``hf_sqf/__init__.py`` collects the public names and stands above all; nothing in the package imports it.
 """
@@ -16,7 +16,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hf_sqf"
 RUNTIME = PACKAGE / "runtime"
-RANK = {"runtime": 0, "compress": 1, "training": 2, "report": 2, "hub": 2, "cli": 3, "__init__": 4}
+RANK = {"runtime": 0, "compress": 1, "training": 2, "report": 2, "hub": 3, "cli": 4, "__init__": 5}
 TRAVELS_WITH = {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "accelerate"}
 IF_PRESENT = {"numba", "llvmlite"}  # the second comes with the first
 

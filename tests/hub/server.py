@@ -162,8 +162,8 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, repo: str, revision: str) -> None:
         if self.writable(repo):
             modes = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LFS) else "regular", "shouldIgnore": False}
-                for f in json.loads(self.body)["files"]
+                {"path": path, "uploadMode": "lfs" if path.endswith(LFS) else "regular", "shouldIgnore": False}
+                for path in (file["path"] for file in json.loads(self.body)["files"])
             ]
             self.reply(200, {"files": modes})
 

@@ -1,0 +1,120 @@
+"""What compressed models do when they are saved or pushed, where hf_sqf is installed: they bring a card."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from ..runtime.sqf_quantizer import COMPANIONS
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+logger = logging.getLogger(__name__)
+
+
+class SavesWithCard(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[misc]
+    """Mixin before a model's own class. Nothing but saving and pushing changes."""
+
+    sqf_native: type[PreTrainedModel]
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as any model of transformers, and write a model card unless a hand-written one stands there.
+
+        With ``push_to_hub=True`` see :meth:`push_to_hub`, whose arguments may be given too.
+        """
+        from .card import write_card
+        from .pushing import PUSH_OPTIONS
+
+        options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+            write_card(save_directory, repo_id if push_to_hub else None)
+        if push_to_hub and is_main_process:
+            options |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+            self.push_to_hub(repo_id, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        force: bool = False,
+        original: PreTrainedModel | str | Path | None = None,
+        texts: Iterable[str] | None = None,
+        max_shard_size: int | str = "50GB",
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Push to the Hub: weights, the code that loads them, and a card.
+
+        Args:
+            repo_id: the repository; it is created where there is none.
+            force: push even what the fidelity check refuses.
+            original: for the fidelity check; see :func:`hf_sqf.hub.check`. The check runs unless its result for these
+                very weights is on record, ``max_kl`` and ``min_cosine`` of the config are both None, or the original
+                is not on this machine; the card then says that nothing was measured.
+            texts: for the fidelity check.
+            max_shard_size: as in ``save_pretrained``.
+            kwargs: see :func:`hf_sqf.hub.push`.
+
+        Raises:
+            Unfaithful: the model lies too far from its original.
+        """
+        from .checking import OriginalMissing, check, config_of, fingerprint
+        from .pushing import push
+
+        config = config_of(self)
+        if config.fidelity is not None and config.fidelity.get("weights") != fingerprint(self):
+            config.fidelity = None
+        asked = original is not None or texts is not None
+        if asked or (config.fidelity is None and not config.max_kl is config.min_cosine is None):
+            try:
+                check(self, original, texts)
+            except OriginalMissing as error:
+                logger.warning("%s is pushed without a fidelity check: %s", repo_id, error)
+        kwargs["tags"] = [*(self.model_tags or []), *(kwargs.get("tags") or [])]
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return push(folder, repo_id, force=force, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401
+        # By the class it was made from: this one is made on the fly and cannot be found by its name.
+        return _blank, (self.sqf_native,), self.__dict__
+
+
+@cache
+def _with_card(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    names = {"__module__": native.__module__, "__doc__": native.__doc__, "sqf_native": native}
+    return type(native.__name__, (SavesWithCard, native), names)
+
+
+def _blank(native: type[PreTrainedModel]) -> PreTrainedModel:
+    cls = _with_card(native)  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
+    return cls.__new__(cls)
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Have a compressed model save and push with a card."""
+    if not hasattr(type(model), "sqf_native"):
+        model.__class__ = _with_card(type(model))  # type: ignore[arg-type]  # as above
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo :func:`attach`."""
+    model.__class__ = getattr(type(model), "sqf_native", type(model))
+
+
+COMPANIONS[__name__] = attach, detach

@@ -1,0 +1,1 @@
+"""Says what compression did to a model: sizes, fidelity, plots."""

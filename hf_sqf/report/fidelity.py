@@ -1,0 +1,155 @@
+"""How far a compressed model lies from its original: both run on the same inputs."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Inputs = Mapping[str, Tensor]
+"""Keyword arguments of a model's forward, a batch of them."""
+TEXTS = f"pydoc_data.topics of Python {platform.python_version()}"
+"""What :func:`default_texts` are, for the record."""
+_ROWS = 1024  # predictions whose distributions are held at once
+
+
+def default_texts(count: int = 16) -> list[str]:
+    """Return English technical prose that every Python brings along: the longest topics of its language reference."""
+    from pydoc_data.topics import topics
+
+    return sorted(topics.values(), key=len, reverse=True)[:count]
+
+
+def text_inputs(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], context: int, model: PreTrainedModel, batch: int = 8
+) -> Iterator[Inputs]:
+    """Yield the first ``context`` tokens of each text, ``batch`` texts at a time, padded to the longest."""
+    texts = list(texts)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for at in range(0, len(texts), batch):
+        encoded = tokenizer(
+            texts[at : at + batch], truncation=True, max_length=context, padding=True, return_tensors="pt"
+        )
+        inputs = {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
+        yield _with_decoder(inputs, model)
+
+
+def random_inputs(model: PreTrainedModel, context: int, count: int = 8, seed: int = 0) -> Iterator[Inputs]:
+    """Yield one batch of random tokens (uniform) or pixels (normal), for models that have no tokenizer at hand.
+
+    Raises:
+        ValueError: the model takes neither.
+    """
+    config, draw = model.config, torch.Generator().manual_seed(seed)
+    if model.main_input_name == "input_ids":
+        vocabulary = config.get_text_config().vocab_size
+        tokens = torch.randint(0, vocabulary, (count, context), generator=draw)
+        yield _with_decoder({"input_ids": tokens}, model)
+    elif model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        shape = (count, getattr(config, "num_channels", 3), height, width)
+        yield {"pixel_values": torch.randn(shape, generator=draw)}
+    else:
+        raise ValueError(f"no random inputs for a model that takes {model.main_input_name}; give inputs=")
+
+
+def _with_decoder(inputs: dict[str, Tensor], model: PreTrainedModel) -> Inputs:
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :32]
+    return inputs
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, original: PreTrainedModel, batches: Iterable[Inputs]) -> dict[str, Any]:
+    """Run both models on the same inputs and return how far their outputs lie apart.
+
+    Args:
+        model: the compressed one.
+        original: what it was made from.
+        batches: inputs of both.
+
+    Returns:
+        For models that give logits: ``metric`` "kl", ``value``, the mean of KL(original || model) per prediction in
+        nats, ``worst``, its largest mean over one input, ``agreement``, the share of predictions whose most likely
+        class is the same, ``count`` of predictions; for causal language models also ``perplexity`` and
+        ``original_perplexity`` of the next tokens. For others: ``metric`` "cosine", ``value``, the mean cosine of
+        the outputs (hidden states averaged over tokens), ``worst``, the smallest, ``count`` of inputs.
+
+    Raises:
+        ValueError: an output is not finite, or there are no inputs.
+    """
+    modes = model.training, original.training
+    model.eval(), original.eval()
+    sums = _Sums(causal=original.can_generate() and not original.config.is_encoder_decoder)
+    for batch in batches:
+        outputs = [m(**{name: t.to(m.device) for name, t in batch.items()}) for m in (original, model)]
+        mask = batch.get("attention_mask")
+        if "logits" in outputs[0]:
+            for row in range(outputs[0].logits.shape[0]):
+                p, q = (o.logits[row].reshape(-1, o.logits.shape[-1]).float().cpu() for o in outputs)
+                # Where predictions are not one per token (classes, or a decoder's tokens), all of them count.
+                kept = mask[row].bool() if mask is not None and p.shape[0] == mask.shape[1] else slice(None)
+                sums.add_logits(p[kept], q[kept], batch["input_ids"][row][kept] if sums.causal else None)
+        else:
+            sums.add_vectors(*(_pooled(o[0].float().cpu(), mask) for o in outputs))
+    model.train(modes[0]), original.train(modes[1])
+    return sums.result()
+
+
+def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Average (batch, tokens, dim) over the tokens that count; flatten everything else to (batch, dim)."""
+    if hidden.dim() == 3 and mask is not None and mask.shape == hidden.shape[:2]:
+        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    return hidden.mean(1) if hidden.dim() == 3 else hidden.flatten(1)
+
+
+class _Sums:
+    def __init__(self, causal: bool) -> None:
+        self.causal = causal
+        self.kl: list[Tensor] = []  # (predictions,) of each input
+        self.cosine: list[Tensor] = []  # (inputs,) of each batch
+        self.agreed = 0
+        self.losses = [0.0, 0.0]
+        self.tokens = 0
+
+    def add_logits(self, p: Tensor, q: Tensor, tokens: Tensor | None) -> None:
+        """p (original), q: float32 (predictions, classes) of one input; tokens: (predictions,)."""
+        parts = []
+        for a, b in zip(p.split(_ROWS), q.split(_ROWS), strict=True):
+            log_p, log_q = F.log_softmax(a, -1), F.log_softmax(b, -1)
+            parts.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0))
+            self.agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
+        self.kl.append(torch.cat(parts))
+        if tokens is not None and len(tokens) > 1:
+            for index, logits in enumerate((p, q)):
+                self.losses[index] += float(F.cross_entropy(logits[:-1], tokens[1:], reduction="sum"))
+            self.tokens += len(tokens) - 1
+
+    def add_vectors(self, p: Tensor, q: Tensor) -> None:
+        """Take float32 (inputs, dim) of a batch."""
+        self.cosine.append(F.cosine_similarity(p, q, dim=-1))
+
+    def result(self) -> dict[str, Any]:
+        if not self.kl and not self.cosine:
+            raise ValueError("there are no inputs to compare the models on")
+        values = torch.cat(self.kl or self.cosine)
+        if not torch.isfinite(values).all():
+            raise ValueError("an output of the original or of the compressed model is not finite")
+        mean, count = round(float(values.mean()), 6), values.numel()
+        if self.cosine:
+            return {"metric": "cosine", "value": mean, "worst": round(float(values.min()), 6), "count": count}
+        worst = max(float(kl.mean()) for kl in self.kl)
+        found = {"metric": "kl", "value": mean, "worst": round(worst, 6), "count": count}
+        found["agreement"] = round(self.agreed / count, 6)
+        if self.tokens:
+            original, own = (round(math.exp(min(loss / self.tokens, 700.0)), 4) for loss in self.losses)
+            found |= {"perplexity": own, "original_perplexity": original}
+        return found

@@ -1,0 +1,75 @@
+"""Makes compressed models load wherever hf-sqf is installed, without ``import hf_sqf``.
+
+transformers looks for no plugins, but torch does: at the end of ``import torch`` it calls the entry points of the group
+``torch.backends``, and :func:`install` is one. It does next to nothing then: it has ``transformers.quantizers.auto``
+watched for, and once that is imported, puts a stand-in for the method ``"sqf"`` into its table. Only when a model asks
+for the method is hf_sqf imported.
+
+``HF_SQF_AUTOLOAD=0`` switches this off; so does ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``, for all of torch's plugins.
+A module of its own, outside the package: importing the package imports torch.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+SWITCH = "HF_SQF_AUTOLOAD"
+WATCHED = "transformers.quantizers.auto"
+
+
+def install() -> None:
+    """Have the method announced as soon as transformers' quantizers are imported. Never raises."""
+    if os.environ.get(SWITCH, "1").lower() in ("0", "false", "no", "off"):
+        return
+    module = sys.modules.get(WATCHED)
+    if module is not None:
+        announce(module)
+    elif not any(isinstance(finder, Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Watcher())
+
+
+class Watcher(MetaPathFinder):
+    """Finds nothing itself; lets one module be found as ever, and calls :func:`announce` once it has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return None for every module but the one that is watched."""
+        if fullname != WATCHED:
+            return None
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            announce(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def announce(module: ModuleType) -> None:
+    """Put the stand-in into the table of methods, unless the method is known or there is no such table."""
+    known = getattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
+    if isinstance(known, dict):
+        known.setdefault("sqf", SQFConfig)
+
+
+class SQFConfig:
+    """Stands for ``hf_sqf.SQFConfig`` until a model needs it."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # noqa: ANN401
+        """Return the real config. Importing the package replaces this stand-in."""
+        import hf_sqf
+
+        return hf_sqf.SQFConfig.from_dict(config_dict, **kwargs)
