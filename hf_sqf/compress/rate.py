@@ -1,32 +1,45 @@
-"""What integers cost in the file."""
+"""What factors cost in the file: the entropy coder's ideal lengths, with all side information."""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.sqf_codec import ideal_bits
 from ..runtime.sqf_factors import Factors, Term
 
-
-def array_bits(values: Tensor) -> float:
-    """Empirical entropy of integers within classes of columns of like magnitude, with a small table."""
-    if values.numel() == 0:
-        return 0.0
-    table = (values if values.dim() == 2 else values.reshape(-1, 1)).long()
-    klass = torch.round(2.0 * torch.log2(table.double().square().mean(0) + 1e-3)).long()
-    klass = torch.unique(klass, return_inverse=True)[1]
-    low, high = int(table.min()), int(table.max())
-    count = torch.bincount(((table - low) + klass * (high - low + 1)).reshape(-1)).double()
-    count = torch.nn.functional.pad(count, (0, -len(count) % (high - low + 1))).reshape(-1, high - low + 1)
-    total = count.sum(1, keepdim=True)
-    return float(-(count * torch.log2(torch.where(count > 0, count / total, 1.0))).sum()) + 64.0
+HEADER = 256.0
+"""Bits of a term's headers, lengths and lanes."""
+_TABLE_ENTRY = 4.0  # bits of an index's probability
 
 
 def term_bits(term: Term) -> float:
-    """Return the bits of one term, side information included."""
-    return sum(array_bits(a) for a in (term.codes, term.steps, term.rows, term.atoms) if a is not None)
+    """Return the bits of one term."""
+    if term.one_hot:
+        codes = index_bits(torch.bincount(term.codes.long(), minlength=term.atom_count))
+    else:
+        codes = ideal_bits(_array(term.codes))
+    side = [term.steps.reshape(1, -1), term.rows.reshape(1, -1)]
+    if term.atoms is not None:
+        side.append(term.atoms)
+    return HEADER + codes + sum(ideal_bits(_array(values)) for values in side)
 
 
 def factors_bits(factors: Factors) -> float:
     """Return the bits of all terms."""
-    return sum(term_bits(t) for t in factors.terms)
+    return sum(term_bits(term) for term in factors.terms)
+
+
+def index_bits(usage: Tensor) -> float:
+    """Return the bits of one-hot codes whose atoms are used ``usage`` times, (K,): coded flat, or with a table."""
+    count = usage.double()
+    total = float(count.sum())
+    entropy = float((count * torch.log2(total / count.clamp_min(1.0))).sum())
+    return min(total * math.log2(len(usage)), entropy + _TABLE_ENTRY * len(usage))
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy()

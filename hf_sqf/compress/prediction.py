@@ -1,0 +1,59 @@
+"""What a structure will cost, known from the spectrum of the weight alone.
+
+All costs are Lagrangians ``distortion + lambda bits`` in units where the noise step is 1, so that lambda is
+``slope(1)``: by them one sees which atoms pay for themselves, and which structures are worth trying.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .solution import slope
+
+
+def entry_cost(energy: Tensor) -> Tensor:
+    """Return the cost of rounding a Gaussian entry of mean square ``energy`` with step 1, nearly.
+
+    Its entropy tends to ``log2(sigma) + log2(2 pi e) / 2`` and its distortion to 1/12; both vanish with sigma.
+    """
+    return energy / (1.0 + 12.0 * energy) + 0.5 * slope(1.0) * torch.log2(1.0 + 2.0 * math.pi * math.e * energy)
+
+
+def atom_costs(power: Tensor, rows: int, width: int) -> Tensor:
+    """Return the cost of storing each atom and its codes, (r,).
+
+    Args:
+        power: s^2 of the atoms, (r,): the energy that an atom's outer product has in the weight.
+        rows: of the codes, m.
+        width: of the atoms, n. They are rounded with steps 1 / s, so that both factors add the same noise.
+    """
+    return rows * entry_cost(power / rows) + width * entry_cost(power / width)
+
+
+def atoms_that_pay(power: Tensor, rows: int, width: int) -> int:
+    """Return how many atoms lower the cost when what they leave is dropped. ``power`` falls."""
+    return int((atom_costs(power, rows, width) < power).sum())
+
+
+def low_rank_cost(power: Tensor, rows: int, width: int) -> float:
+    """Return the cost of a weight as its best sum of atoms."""
+    return float(torch.minimum(atom_costs(power, rows, width), power).sum())
+
+
+def atoms_before_grid(power: Tensor, rows: int, width: int) -> tuple[int, float]:
+    """Return how many atoms to take away before the rest is rounded entry by entry, and the saving (>= 0).
+
+    Args:
+        power: s^2 of *all* atoms, falling.
+        rows: m.
+        width: n.
+    """
+    rest = (power.sum() - power.cumsum(0)).clamp_min(0.0)
+    rest = torch.cat([power.sum()[None], rest])
+    spent = torch.cat([power.new_zeros(1), atom_costs(power, rows, width).cumsum(0)])
+    cost = spent + rows * width * entry_cost(rest / (rows * width))
+    count = int(cost.argmin())
+    return count, float(cost[0] - cost[count])
