@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -15,6 +15,8 @@ FORMAT_VERSION = 1
 STRUCTURES = ("grid", "svd", "sparse_pca", "vq", "pgd")
 BLOCKED = ("sparse_pca", "vq", "pgd", "auto")
 """Structures that ``block`` has a meaning for."""
+NOT_STORED = ("dataset", "tokenizer", "statistics")
+"""Fields that are of use while a model is compressed only."""
 LOADING_ATTRIBUTES = ("dequantize",)
 """Fields that may be given anew when a compressed model is loaded; never written into a checkpoint."""
 
@@ -28,6 +30,7 @@ class SQFConfig(QuantizationConfigMixin):
 
     Attributes:
         bits: average bits per parameter over all compressed weights, everything counted; in (0, 16].
+        target_size: the size of the saved weight files, in place of ``bits``: bytes, or text such as ``"48MB"``.
         structure: ``"auto"`` (least error, weight by weight), one of :data:`STRUCTURES`, or a sum of two such as
             ``"svd+grid"``.
         overrides: regular expression (searched for in a module's full name) -> ``{"bits": ..., "structure": ...}``,
@@ -36,6 +39,15 @@ class SQFConfig(QuantizationConfigMixin):
         modules_to_not_convert: names or regular expressions of modules to leave as they are, matched as everywhere
             in transformers. None leaves out a classification head; a list, even an empty one, only what it names.
         include_embeddings: compress token and position embeddings and language model heads, tied or not.
+        dataset: calibration data, which says where errors matter; None compresses without. A list of texts, a
+            ``datasets.Dataset`` or the name of one on the Hub, an iterable of the model's inputs, or ``"self"``, text
+            that the model writes itself (see ``hf_sqf.compress.calibration_data``). Never stored.
+        tokenizer: for the texts, or its name; None takes the model's own. Never stored.
+        statistics: in place of ``dataset``, what :meth:`hf_sqf.compress.statistics.Statistics.save` wrote (or the
+            object), measured on this model before. Never stored.
+        samples: how many inputs of the calibration data are measured, of each kind of text.
+        context: how many tokens an input has at most.
+        own_text: measure on as much text that the model writes itself, too: it helps on all that ``dataset`` lacks.
         block: width of blocks for structures with a dictionary; None lets the structure choose.
         seed: of the starts that draw at random.
         dequantize: loading attribute: decode a compressed checkpoint into an ordinary model.
@@ -52,10 +64,17 @@ class SQFConfig(QuantizationConfigMixin):
     """
 
     bits: float = 4.0
+    target_size: int | str | None = None
     structure: str = "auto"
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     modules_to_not_convert: list[str] | None = None
     include_embeddings: bool = True
+    dataset: Any = None
+    tokenizer: Any = None
+    statistics: Any = None
+    samples: int = 32
+    context: int = 512
+    own_text: bool = True
     block: int | None = None
     seed: int = 0
     dequantize: bool = False
@@ -84,6 +103,8 @@ class SQFConfig(QuantizationConfigMixin):
         for name in known:
             default = {} if name == "overrides" else getattr(type(self), name)
             setattr(self, name, options.get(name, default))
+        if self.target_size is not None and options.get("bits") is not None:
+            raise ValueError("give bits or target_size, not both")
         self._check()
 
     def _check(self) -> None:
@@ -91,7 +112,14 @@ class SQFConfig(QuantizationConfigMixin):
         _check_structure(self.structure, "structure")
         self.overrides = _check_overrides(self.overrides)
         self.modules_to_not_convert = _check_names(self.modules_to_not_convert, "modules_to_not_convert")
-        for name in ("include_embeddings", "dequantize"):
+        if self.target_size is not None:
+            parse_size(self.target_size)
+        if self.dataset is not None and self.statistics is not None:
+            raise ValueError("give dataset or statistics, not both")
+        for name in ("samples", "context"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 2:
+                raise ValueError(f"{name} must be an integer of 2 or more, got {getattr(self, name)!r}")
+        for name in ("include_embeddings", "dequantize", "own_text"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _check_int(self.seed, "seed", 0, 2**63 - 1)
@@ -128,15 +156,31 @@ class SQFConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is written into ``config.json``."""
-        kept = {"quant_method": QUANT_METHOD, **asdict(self)}
+        kept = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.name not in NOT_STORED}
         for name in LOADING_ATTRIBUTES:
             del kept[name]
-        return kept
+        if self.target_size is not None:
+            del kept["bits"]
+        return {**kept, "quant_method": QUANT_METHOD}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SQFConfig:
         # transformers deep-copies configs several times on the way to a model; nothing in here is ever altered in
         # place, so that a shallow copy will do, whatever a field may hold.
         return copy.copy(self)
+
+
+def parse_size(size: int | str) -> int:
+    """Return a size in bytes, of a positive integer or text such as ``"48MB"`` (10^6), ``"1.5 GB"`` or ``"9KiB"`` (2^10).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if _is_int(size) and size > 0:  # type: ignore[operator]
+        return int(size)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B\s*", size) if isinstance(size, str) else None
+    if match is None or not float(match[1]):
+        raise ValueError(f"target_size must be bytes or text such as '48MB' or '1.5GiB', got {size!r}")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 def _is_int(value: object) -> bool:
