@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_modules import SUFFIX, Held
+from .calibration_data import calibration
 from .recorder import Recorder, measuring, shared_inputs
 from .statistics import (
     FileMoments,
@@ -35,6 +37,25 @@ Batch = Mapping[str, Tensor]
 UNTESTED = 0.1
 """Shrinkage of what no held-out data reached."""
 _ROWS = 64  # rows of logits whose probabilities are held at a time
+
+
+def measure(model: PreTrainedModel, targets: Iterable[Target], config: SQFConfig) -> Statistics | None:
+    """Return the statistics that a config asks for: read, or measured on its data; None where it names neither.
+
+    Raises:
+        ValueError: the data cannot be used, or the statistics are those of another model.
+    """
+    if config.statistics is not None:
+        given = config.statistics
+        found = given if isinstance(given, Statistics) else Statistics.load(given)
+        found.check(model)
+        return found
+    if config.dataset is None:
+        return None
+    data = calibration(
+        model, config.dataset, config.tokenizer, config.samples, config.context, config.own_text, config.seed
+    )
+    return collect(model, targets, data.batches, data.held_out, config.seed)
 
 
 def collect(
@@ -248,4 +269,4 @@ class _Collection:
             logger.warning("%s: %s; it is given the importance of a typical weight", name, note)
         mark = fingerprint(self.model)
         found = Statistics(moments, self.energies, self.inputs, self.shrinkage, 1.0, self.rows, mark, self.notes)
-        return replace(found, typical=typical_importance(found, self.targets)) if self.notes else found
+        return replace(found, typical=typical_importance(found, self.targets))

@@ -14,13 +14,15 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import _assign_is_quantized
 from transformers.utils import logging as transformers_logging
 
-from ..runtime.sqf_config import HUB_ID, SQFConfig
+from ..runtime.sqf_config import HUB_ID, QUANT_METHOD, SQFConfig, parse_size
 from ..runtime.sqf_container import pack
 from ..runtime.sqf_quantizer import SQFQuantizer, place, settle
 from .budget import OCTAVES, RateCurve, fit, smallest
+from .collect import measure
 from .factorize import solve
 from .mapped import release
 from .metric import Metric
+from .target_size import bits_for_size
 from .targets import SMALL, Target, find_targets
 
 logger = logging.getLogger(__name__)
@@ -70,9 +72,9 @@ def compress(
         raise ValueError("the model is quantized already; model.dequantize() makes it an ordinary one")
     quantizer = SQFQuantizer(config or SQFConfig(), pre_quantized=True)
     compress_weights(model, quantizer.quantization_config, metrics)
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = quantizer.quantization_config.quant_method
+    marks = {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": QUANT_METHOD}
+    for name, value in marks.items():  # as transformers does on load
+        setattr(model, name, value)
     model.config.quantization_config = quantizer.quantization_config
     _assign_is_quantized(model)
     settle(model)
@@ -106,7 +108,12 @@ def compress_weights(
         ValueError: see :func:`compress`. No module is changed before all weights are solved.
     """
     targets, dense = find_targets(model, config)
-    job = _Job(config, metrics or RelativeMetrics())
+    statistics = measure(model, targets, config) if metrics is None else None
+    metrics = statistics.metrics if statistics is not None else metrics or RelativeMetrics()
+    bits = config.bits
+    if config.target_size is not None:
+        bits = bits_for_size(model, targets, parse_size(config.target_size))
+    job = _Job(config, bits, metrics)
     targets = job.prepare(targets, dense)
     packed = job.run(targets)
     total = sum(p.numel() for p in model.parameters())
@@ -119,7 +126,9 @@ def compress_weights(
     if any(target.held.stacked for target in targets):
         model.set_experts_implementation("eager")
     config.coverage = _coverage(targets, packed, dense, total)
-    config.base_model = config.base_model or _hub_id(model.name_or_path)
+    if statistics is not None:
+        config.coverage["calibration"] = statistics.summary()
+    config.base_model = config.base_model or _hub_id(model.name_or_path or "")
     config.fidelity = None
     _log(config.coverage)
 
@@ -127,8 +136,8 @@ def compress_weights(
 class _Job:
     """One run over the weights of a model: what is known of each, and its result so far."""
 
-    def __init__(self, config: SQFConfig, metrics: MetricOf) -> None:
-        self.config, self.metrics = config, metrics
+    def __init__(self, config: SQFConfig, bits: float, metrics: MetricOf) -> None:
+        self.config, self.bits, self.metrics = config, bits, metrics
         self.curves: dict[str, RateCurve] = {}
         self.packed: dict[str, Tensor] = {}
 
@@ -175,7 +184,7 @@ class _Job:
         return self.packed
 
     def _bits(self, target: Target) -> float:
-        return float(target.options.get("bits", self.config.bits))  # type: ignore[arg-type]
+        return float(target.options.get("bits", self.bits))  # type: ignore[arg-type]
 
     def _solve(self, target: Target, step: float) -> int:
         structure = str(target.options.get("structure", self.config.structure))

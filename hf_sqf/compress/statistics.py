@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -39,6 +40,7 @@ from .targets import Target
 
 SHRINKAGES = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Candidates for a and b."""
+_TYPICAL_ROWS = 32  # of each weight, to find the typical one by
 FORMAT = "sqf-statistics-1"
 
 
@@ -74,8 +76,7 @@ class Statistics:
         energies: weight's name -> g^2, float32 (m,); a slice of experts is named ``name.0``, ``name.1``, ...
         inputs: weight's name -> name of its input in ``moments``.
         shrinkage: input's name -> a; weight's name and ``:g`` -> b.
-        typical: median over the weights of ``d(W, 0)`` per parameter: the importance given to weights that the data
-            says nothing of.
+        typical: median over the weights of ``d(W, 0)`` per parameter, in nats: the unit of :meth:`metrics`.
         tokens: rows of predictions that were measured.
         fingerprint: of the model that was measured.
         notes: weight's name -> what was missing in its statistics, and what stands in for it.
@@ -91,7 +92,10 @@ class Statistics:
     notes: dict[str, str] = field(default_factory=dict)
 
     def metrics(self, name: str, matrices: Sequence[Tensor]) -> list[Metric]:
-        """Return the metric of each matrix (m, n) of a weight.
+        """Return the metric of each matrix (m, n) of a weight, in units of ``typical``.
+
+        So a typical entry has the root mean square 1 in its metric, as it has without data; and weights that the data
+        says nothing of get the importance of a typical one.
 
         Raises:
             ValueError: the weight was not measured, or has another shape.
@@ -102,15 +106,23 @@ class Statistics:
 
     def _metric(self, name: str, matrix: Tensor) -> Metric:
         if name in self.notes:
-            return _scaled(Metric.relative(matrix), self.typical**0.5)
+            return Metric.relative(matrix)
         if name not in self.energies:
             raise ValueError(f"statistics: {name} was not measured")
         energy, key = self.energies[name], self.inputs[name]
         H = self.moments.get(key)
         if (len(energy), len(H) if H is not None else matrix.shape[1]) != tuple(matrix.shape):
             raise ValueError(f"statistics: {name} was measured with another shape than {tuple(matrix.shape)}")
-        g = shrink_diagonal(energy, self.shrinkage[f"{name}:g"]).sqrt()
+        g = (shrink_diagonal(energy, self.shrinkage[f"{name}:g"]) / self.typical).sqrt()
         return Metric(None if H is None else shrink(H, self.shrinkage[key]), g)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what is written into a compressed model's config."""
+        return {
+            "predictions": self.tokens,
+            "weights": len(self.energies),
+            "without_data": dict(sorted(self.notes.items())),
+        }
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file."""
@@ -137,10 +149,6 @@ class Statistics:
         """Raise ValueError unless these are the statistics of this model."""
         if self.fingerprint != fingerprint(model):
             raise ValueError("statistics: they were collected on another model")
-
-
-def _scaled(metric: Metric, factor: float) -> Metric:
-    return Metric(metric.H, metric.row_weights() * factor)
 
 
 def shrink(H: Tensor, share: float) -> Tensor:
@@ -186,8 +194,10 @@ def typical_importance(measured: Statistics, targets: Iterable[Target]) -> float
         names = [f"{target.name}.{i}" for i in range(len(matrices))] if target.held.stacked else [target.name]
         for name, matrix in zip(names, matrices, strict=True):
             if name in measured.energies:
+                rows = torch.linspace(0, len(matrix) - 1, min(len(matrix), _TYPICAL_ROWS)).round().long()
                 metric = measured.metrics(name, [matrix])[0]
-                found.append(metric.distance(matrix, None) / matrix.numel())
+                some = Metric(metric.H, metric.row_weights()[rows])
+                found.append(some.distance(matrix[rows], None) / matrix[rows].numel())
     return statistics.median(found) if found else 1.0
 
 
