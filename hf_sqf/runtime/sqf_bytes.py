@@ -112,13 +112,12 @@ def pack_bits(values: np.ndarray, width: int) -> bytes:
 
 
 def unpack_bits(data: bytes | memoryview, width: int, count: int) -> np.ndarray:
-    """Return the ``count`` integers of :func:`pack_bits`, uint32 (count,)."""
-    if width == 0 or count == 0:
-        return np.zeros(count, np.uint32)
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=count * width, bitorder="little").reshape(count, width)
-    values = np.zeros(count, np.uint32)
-    for b in range(width):
-        values |= bits[:, b].astype(np.uint32) << np.uint32(b)
+    """Return the ``count`` integers of :func:`pack_bits`, int64 (count,)."""
+    values = np.zeros(count, np.int64)
+    if width and count:
+        bits = np.unpackbits(np.frombuffer(data, np.uint8), count=count * width, bitorder="little")
+        for b in range(width):
+            values |= bits[b::width].astype(np.int64) << b
     return values
 
 

@@ -6,162 +6,107 @@ decode in parallel, in bounded memory, and rows can be had without the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from . import sqf_rans
-from .sqf_bytes import Reader, Writer, pack_bits, packed_size, unpack_bits
+from .sqf_bytes import Reader, Writer, packed_size, unpack_bits
 from .sqf_fit import Plan, Sample, fit
 from .sqf_jit import HAVE_NUMBA
-from .sqf_models import (
-    CLASSES,
-    EVEN,
-    INTEGERS,
-    LARGEST,
-    ODD,
-    Q0,
-    SHAPES,
-    SYMBOLS,
-    ZEROS,
-    Model,
-    frequencies,
-)
-from .sqf_paths import codes_of_points, points_of_codes
+from .sqf_models import CLASSES, INTEGERS, Q0, Q1, SHAPES, Model, frequencies
+from .sqf_paths import points_of_codes
 from .sqf_rans import Contexts
+from .sqf_symbols import Split, chunk_rows, chunks, escape, join, splits
 from .sqf_trellis import Machine, machine
 
-CHUNK = 1 << 20
-"""Symbols in a chunk of rows, at most (but at least one row)."""
+__all__ = ["chunk_rows", "contexts_of", "decode_integers", "encode_integers", "ideal_bits"]
+
 SYMBOLS_PER_BYTE = 11_400
 """No stream holds more symbols to a byte: the likeliest has a probability of 4094 / 4096."""
 _LANE_BITS = 6144  # bits of a stream for each lane, whose state wastes 24: 0.4 %
 _MOST_LANES = 4096
 _CONSTANT_LIMIT = 1 << 16  # the most equal values that are written as one
-_WIDTHS = (np.dtype(np.int8), np.dtype(np.int16), np.dtype(np.int32))
-_CONSTANT, _OFFSET, _SHIFT, _ROWS, _COLS, _ESCAPES = 3, 4, 8, 16, 32, 64  # bits of a stream's first byte
+_FAR = 1 << 20  # beyond what a part of a class can make use of
+_WIDTHS: tuple[np.dtype[Any], ...] = (np.dtype(np.int8), np.dtype(np.int16), np.dtype(np.int32))
+_LIMITS = tuple((-(1 << 8 * w.itemsize - 1), (1 << 8 * w.itemsize - 1) - 1) for w in _WIDTHS)
+_CONSTANT, _OFFSET, _SHIFT, _ROWS, _COLS, _ESCAPES = 3, 4, 8, 16, 32, 64  # the bits of an array's first byte
 
 
-def chunk_rows(m: int, n: int) -> int:
-    """Return the number of rows in a chunk of an (m, n) array. A state machine starts anew at each chunk."""
-    return max(1, min(m, CHUNK // max(n, 1)))
-
-
-def _chunks(m: int, n: int) -> Iterator[slice]:
-    rows = chunk_rows(m, n)
-    return (slice(i, min(i + rows, m)) for i in range(0, m, rows))
-
-
-def _machine(trellis: int) -> Machine | None:
-    return machine(trellis) if trellis else None
+def lanes_for(bits: float, most: int = _MOST_LANES) -> int:
+    """Return the number of lanes for a stream of about ``bits`` bits: as many as cost little."""
+    return max(1, min(most, _MOST_LANES, int(bits) // _LANE_BITS))
 
 
 def _prior(prior: np.ndarray | None, count: int) -> np.ndarray:
     """The prior as int32 (count,), within what any class can make use of."""
     if prior is None:
         return np.zeros(count, np.int32)
-    prior = np.clip(np.asarray(prior, np.int64).reshape(-1), -(1 << 20), 1 << 20).astype(np.int32)
+    prior = np.clip(np.asarray(prior, np.int64).reshape(-1), -_FAR, _FAR).astype(np.int32)
     return np.broadcast_to(prior, (count,)).copy()
+
+
+def _grids(trellis: int) -> tuple[int, ...]:
+    return (Q0, Q1) if trellis else (INTEGERS,)
+
+
+def _contexts(plan: Plan, row_prior: np.ndarray, col_prior: np.ndarray, trellis: int) -> Contexts:
+    """The contexts that a plan means; the tables span the classes that occur."""
+    rows, cols = plan.base - row_prior, -col_prior
+    if plan.row_spread is not None:
+        rows = rows + plan.row_spread
+    if plan.col_spread is not None:
+        cols = cols + plan.col_spread
+    lowest, highest = (int(np.clip(f(rows) + f(cols), 0, CLASSES - 1)) for f in (np.min, np.max))
+    classes = np.arange(lowest, highest + 1)
+    table = np.stack([
+        frequencies(model.shape, model.zero, grid)[np.clip(classes + model.offset, 0, CLASSES - 1)]
+        for model, grid in zip(plan.models, _grids(trellis), strict=True)
+    ])  # fmt: skip
+    rows, cols = (rows - lowest).astype(np.int32), cols.astype(np.int32)
+    if not trellis:
+        return Contexts(rows, cols, table)
+    states_machine = machine(trellis)
+    return Contexts(rows, cols, table, states_machine, tuple(states_machine.grid.tolist()))
 
 
 # ---------------------------------------------------------------------------------------------- encoding
 
 
-@dataclass(frozen=True)
-class _Codes:
-    """Values ready for modelling: ``offset + (high << shift | low)``, or points of a machine."""
-
-    codes: np.ndarray  # (m, n) k, before the shift
-    groups: np.ndarray | None  # uint8 (m, n)
-    offset: int
-    shift: int
-    escape_bits: int
-
-    def high(self, rows: slice) -> np.ndarray:
-        return self.codes[rows] if self.shift == 0 else self.codes[rows] >> self.shift
-
-    def symbols(self) -> np.ndarray:
-        """int8 (m, n): the high parts, with escapes for what is outside the alphabet."""
-        if self.codes.dtype == np.int8 and self.escape_bits == 0:
-            return self.codes
-        out = np.empty(self.codes.shape, np.int8)
-        for rows in _chunks(*out.shape):
-            high = self.high(rows)
-            # -128 is even and 127 is odd, so the parity of an escape is that of its value.
-            out[rows] = np.where(
-                (high > LARGEST) | (high < -LARGEST), np.where(high & 1, ODD, EVEN).astype(np.int8), high
-            )
-        return out
-
-
-def _zigzag(values: np.ndarray) -> np.ndarray:
-    values = values.astype(np.int64)
-    return np.where(values < 0, -2 * values - 1, 2 * values)
-
-
-def _escape_bits(codes: np.ndarray, shift: int) -> int:
-    return max(int(_zigzag(np.array([codes.min() >> shift, codes.max() >> shift])).max()).bit_length(), 1)
-
-
-def _prepare(values: np.ndarray, trellis: int) -> list[_Codes]:
-    """Return the ways to split values that are worth costing: without a plane of low bits, and with one."""
-    m, n = values.shape
-    states_machine, offset, groups = _machine(trellis), 0, None
-    if states_machine is not None:
-        codes, groups = np.empty((m, n), np.int32), np.empty((m, n), np.uint8)
-        for rows in _chunks(m, n):
-            try:
-                codes[rows], states = codes_of_points(values[rows], states_machine)
-            except ValueError as error:
-                raise ValueError(f"rows {rows.start}..{rows.stop}: {error}") from None
-            groups[rows] = states_machine.grid[states]
-    elif m == 1:
-        offset = int(np.partition(values[0], n // 2)[n // 2])
-        codes = values.astype(np.int64) - offset
-    else:
-        codes = values
-    low, high = int(codes.min()), int(codes.max())
-    if codes.dtype != np.int8 and -LARGEST <= low and high <= LARGEST:
-        codes = codes.astype(np.int8)
-    shifts = [0]
-    if max(high, -low) > LARGEST:
-        mean = float(np.abs(codes.astype(np.int64)).mean()) if m * n <= CHUNK else float(
-            np.mean([np.abs(codes[rows].astype(np.int64)).mean() for rows in _chunks(m, n)]))  # fmt: skip
-        shifts += [s for s in {int(np.log2(max(mean, 1.0) / 8)), (max(high, -low) // LARGEST).bit_length()} if s > 0]
-    return [_Codes(codes, groups, offset, s, _escape_bits(codes, s)) for s in sorted(set(shifts))]
-
-
 def _plan(
-    values: np.ndarray,
-    row_prior: np.ndarray,
-    col_prior: np.ndarray,
-    trellis: int,
-    scale: float,
-) -> tuple[_Codes, np.ndarray, Plan]:
-    grids = (INTEGERS,) if trellis == 0 else (Q0, Q0 + 1)
-    best = None
-    for codes in _prepare(values, trellis):
-        symbols = codes.symbols()
-        plan = fit(Sample(symbols, codes.groups, grids, codes.escape_bits, row_prior, col_prior, scale))
-        bits = plan.bits + codes.shift * values.size * scale
-        if best is None or bits < best[0]:
-            best = bits, codes, symbols, plan
+    values: np.ndarray, row_prior: np.ndarray, col_prior: np.ndarray, trellis: int, scale: float, compiled: bool
+) -> tuple[Split, np.ndarray, Plan]:
+    """Return the cheapest way to split the values, its symbols and their models; the plan's bits count everything."""
+    best: tuple[Split, np.ndarray, Plan] | None = None
+    for split in splits(values, trellis):
+        symbols = split.symbols()
+        sample = Sample(symbols, split.groups, _grids(trellis), split.escape_bits, row_prior, col_prior, scale)
+        plan = fit(sample, compiled)
+        plan = replace(plan, bits=plan.bits + split.shift * values.size * scale)
+        if best is None or plan.bits < best[2].bits:
+            best = split, symbols, plan
     assert best is not None
-    return best[1:]
+    return best
 
 
-def _checked(values: np.ndarray) -> np.ndarray:
+def _checked(values: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Return the values in one of the widths, their least and their largest."""
     values = np.asarray(values)
     if values.ndim != 2 or values.dtype.kind not in "iub":
         raise ValueError(f"expected a 2-D array of integers, not {values.dtype} of shape {values.shape}")
-    if values.size and (int(values.min()) < -(1 << 31) or int(values.max()) >= 1 << 31):
-        raise ValueError("integers must fit in 32 bits")
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    if low < _LIMITS[-1][0] or high > _LIMITS[-1][1]:
+        raise ValueError(f"integers must fit in 32 bits, and these reach from {low} to {high}")
     if values.dtype not in _WIDTHS:
         values = values.astype(np.int32)
-    return np.ascontiguousarray(values)
+    return np.ascontiguousarray(values), low, high
+
+
+def _is_constant(values: np.ndarray, low: int, high: int) -> bool:
+    return low == high and values.size <= _CONSTANT_LIMIT
 
 
 def ideal_bits(
@@ -181,13 +126,21 @@ def ideal_bits(
         rows: where ``values`` is a sample of the rows of a taller array, its number of rows; the bits are then those
             of all of it.
     """
-    values = _checked(values)
+    values, low, high = _checked(values)
     m, n = values.shape
-    if values.size == 0 or (values.size <= _CONSTANT_LIMIT and values.min() == values.max()):
+    if _is_constant(values, low, high):
         return 0.0
     scale = 1.0 if rows is None else rows / m
-    codes, _, plan = _plan(values, _prior(row_prior, m), _prior(col_prior, n), trellis, scale)
-    return plan.bits + codes.shift * values.size * scale
+    return _plan(values, _prior(row_prior, m), _prior(col_prior, n), trellis, scale, HAVE_NUMBA)[2].bits
+
+
+def contexts_of(
+    values: np.ndarray, row_prior: np.ndarray | None = None, col_prior: np.ndarray | None = None, trellis: int = 0
+) -> Contexts:
+    """Return the models that :func:`encode_integers` would choose for integers (m, n), m * n > 0: prices to code by."""
+    values, _, _ = _checked(values)
+    priors = _prior(row_prior, values.shape[0]), _prior(col_prior, values.shape[1])
+    return _contexts(_plan(values, *priors, trellis, 1.0, HAVE_NUMBA)[2], *priors, trellis)
 
 
 def encode_integers(
@@ -211,53 +164,32 @@ def encode_integers(
     Raises:
         ValueError: not integers of 32 bits, or not a path of the machine.
     """
-    values = _checked(values)
+    values, low, high = _checked(values)
     m, n = values.shape
     out = Writer()
-    if values.size == 0 or (values.size <= _CONSTANT_LIMIT and values.min() == values.max()):
+    if _is_constant(values, low, high):
         out.byte(_CONSTANT)
-        out.signed(int(values[0, 0]) if values.size else 0)
+        out.signed(low)
         return bytes(out)
     row_prior, col_prior = _prior(row_prior, m), _prior(col_prior, n)
-    codes, symbols, plan = _plan(values, row_prior, col_prior, trellis, 1.0)
+    split, symbols, plan = _plan(values, row_prior, col_prior, trellis, 1.0, compiled)
     contexts = _contexts(plan, row_prior, col_prior, trellis)
-    width = next(i for i, w in enumerate(_WIDTHS) if np.iinfo(w).min <= values.min() and values.max() <= np.iinfo(w).max)
-    chunks = [
-        _encode_chunk(codes, symbols, rows, contexts, lanes_for(plan.bits * (rows.stop - rows.start) / m, n if trellis else _MOST_LANES), compiled)
-        for rows in _chunks(m, n)
-    ]  # fmt: skip
-    escaped = any(c.escapes for c in chunks)
-    out.byte(
-        width
-        | _OFFSET * (codes.offset != 0)
-        | _SHIFT * (codes.shift != 0)
-        | _ROWS * (plan.row_spread is not None)
-        | _COLS * (plan.col_spread is not None)
-        | _ESCAPES * escaped
-    )
-    if codes.offset:
-        out.signed(codes.offset)
-    if codes.shift:
-        out.byte(codes.shift)
-    if escaped:
-        out.byte(codes.escape_bits)
-    out.signed(plan.base + plan.models[0].offset)
-    for group, model in enumerate(plan.models):
-        out.byte(model.shape << 4 | model.zero)
-        if group:
-            out.signed(model.offset - plan.models[0].offset)
-    for spread in (plan.row_spread, plan.col_spread):
-        if spread is not None:
-            out.block(encode_integers(spread[None], compiled=compiled))
-    for chunk in chunks:
-        out.unsigned(len(chunk.states))
-        out.unsigned(len(chunk.words))
-        if escaped:
-            out.unsigned(chunk.escapes)
-    for chunk in chunks:
-        out.raw(chunk.states.astype("<u4").tobytes())
-        out.raw(chunk.words.astype("<u2").tobytes())
-        out.raw(chunk.planes)
+    parts = []
+    for rows in chunks(m, n):
+        bits = (plan.bits - split.shift * values.size) * (rows.stop - rows.start) / m
+        lanes = lanes_for(bits, n if trellis else _MOST_LANES)
+        parts.append(_encode_chunk(split, symbols, rows, contexts, lanes, compiled))
+    width = next(i for i, (least, most) in enumerate(_LIMITS) if least <= low and high <= most)
+    _write_header(out, width, split, plan, any(part.escapes for part in parts), compiled)
+    for part in parts:
+        out.unsigned(len(part.states))
+        out.unsigned(len(part.words))
+        if any(p.escapes for p in parts):
+            out.unsigned(part.escapes)
+    for part in parts:
+        out.raw(part.states.astype("<u4").tobytes())
+        out.raw(part.words.astype("<u2").tobytes())
+        out.raw(bytes(part.planes))
     return bytes(out)
 
 
@@ -266,55 +198,42 @@ class _Chunk:
     states: np.ndarray
     words: np.ndarray
     escapes: int
-    planes: bytes  # escaped values, then low bits
-
-
-def lanes_for(bits: float, most: int = _MOST_LANES) -> int:
-    """Return the number of lanes for a stream of about ``bits`` bits: as many as cost little."""
-    return max(1, min(most, _MOST_LANES, int(bits) // _LANE_BITS))
+    planes: bytes | memoryview  # escaped values, then low bits
 
 
 def _encode_chunk(
-    codes: _Codes, symbols: np.ndarray, rows: slice, contexts: Contexts, lanes: int, compiled: bool
+    split: Split, symbols: np.ndarray, rows: slice, contexts: Contexts, lanes: int, compiled: bool
 ) -> _Chunk:
     contexts = contexts.select(rows.start, rows.stop)
-    part = symbols[rows].reshape(-1)
-    groups = None if codes.groups is None else codes.groups[rows].reshape(-1)
-    index = contexts.class_index()
-    if groups is not None:
-        index += groups.astype(np.int64) * contexts.classes
-    known = contexts.table.reshape(-1, SYMBOLS)[index, part.astype(np.int64) + 128] > 0
-    known &= (part != EVEN) & (part != ODD)
-    escaped = np.flatnonzero(~known)
-    high = codes.high(rows).reshape(-1)
-    if len(escaped):
-        part = part.copy()
-        part[escaped] = np.where(high[escaped] & 1, ODD, EVEN)
-    planes = pack_bits(_zigzag(high[escaped]), codes.escape_bits)
-    if codes.shift:
-        planes += pack_bits(codes.codes[rows].reshape(-1) & (1 << codes.shift) - 1, codes.shift)
+    groups = None if split.groups is None else split.groups[rows].reshape(-1)
+    part, escaped = escape(symbols[rows].reshape(-1), groups, contexts, compiled)
     states, words = sqf_rans.encode(part, groups, contexts, lanes, compiled)
-    return _Chunk(states, words, len(escaped), planes)
+    return _Chunk(states, words, len(escaped), split.planes(rows, escaped))
 
 
-def _contexts(plan: Plan, row_prior: np.ndarray, col_prior: np.ndarray, trellis: int) -> Contexts:
-    """The contexts that the header's fields mean; the tables span the classes that occur."""
-    rows = plan.base + plan.models[0].offset - row_prior
-    cols = -col_prior
-    if plan.row_spread is not None:
-        rows = rows + plan.row_spread
-    if plan.col_spread is not None:
-        cols = cols + plan.col_spread
-    lowest, highest = (int(np.clip(f(rows) + f(cols), 0, CLASSES - 1)) for f in (np.min, np.max))
-    grids = (INTEGERS,) if trellis == 0 else (Q0, Q0 + 1)
-    classes = np.arange(lowest, highest + 1)
-    table = np.stack([
-        frequencies(model.shape, model.zero, grid)[np.clip(classes + model.offset - plan.models[0].offset, 0, CLASSES - 1)]
-        for model, grid in zip(plan.models, grids, strict=True)
-    ])  # fmt: skip
-    states_machine = _machine(trellis)
-    groups = () if states_machine is None else tuple(states_machine.grid.tolist())
-    return Contexts((rows - lowest).astype(np.int32), cols.astype(np.int32), table, states_machine, groups)
+def _write_header(out: Writer, width: int, split: Split, plan: Plan, escaped: bool, compiled: bool) -> None:
+    out.byte(
+        width
+        | _OFFSET * (split.offset != 0)
+        | _SHIFT * (split.shift != 0)
+        | _ROWS * (plan.row_spread is not None)
+        | _COLS * (plan.col_spread is not None)
+        | _ESCAPES * escaped
+    )
+    if split.offset:
+        out.signed(split.offset)
+    if split.shift:
+        out.byte(split.shift)
+    if escaped:
+        out.byte(split.escape_bits)
+    out.signed(plan.base)
+    for group, model in enumerate(plan.models):
+        out.byte(model.shape << 4 | model.zero)
+        if group:
+            out.signed(model.offset)
+    for spread in (plan.row_spread, plan.col_spread):
+        if spread is not None:
+            out.block(encode_integers(spread[None], compiled=compiled))
 
 
 # ---------------------------------------------------------------------------------------------- decoding
@@ -353,87 +272,83 @@ def decode_integers(
     reader = Reader(data)
     flags = reader.byte()
     if flags & 3 == _CONSTANT:
-        value = reader.signed()
-        reader.end()
-        if flags != _CONSTANT or m * n > _CONSTANT_LIMIT or not -(1 << 31) <= value < 1 << 31:
-            raise ValueError("a constant array is damaged")
-        width = next(w for w in _WIDTHS if np.iinfo(w).min <= value <= np.iinfo(w).max)
-        return np.full((stop - start, n), value, width)
+        return _constant(reader, flags, m * n, (stop - start, n))
     if flags >= 128:
         raise ValueError("an array uses a feature that this version does not know")
     if m * n == 0 or m * n > reader.left * SYMBOLS_PER_BYTE:
         raise ValueError(f"{reader.left} bytes cannot hold an array of shape {m} x {n}")
-    states_machine = _machine(trellis)
     offset = reader.signed() if flags & _OFFSET else 0
     shift = reader.byte() if flags & _SHIFT else 0
     escape_bits = reader.byte() if flags & _ESCAPES else 0
-    if shift > 31 or escape_bits > 33:
-        raise ValueError("an array's header is damaged")
-    plan = _read_plan(reader, m, n, flags, 1 if states_machine is None else 2)
+    if shift > 31 or escape_bits > 34:
+        raise ValueError("the header of an array is damaged")
+    plan = _read_plan(reader, m, n, flags, len(_grids(trellis)))
+    parts = _read_chunks(reader, (m, n), flags, shift, escape_bits, trellis > 0, slice(start, stop))
     contexts = _contexts(plan, _prior(row_prior, m), _prior(col_prior, n), trellis)
     out = np.empty((stop - start, n), _WIDTHS[flags & 3])
-    parts = _read_chunks(reader, m, n, flags, shift, escape_bits, states_machine is not None)
 
     def decode(part: tuple[slice, _Chunk]) -> None:
         where, chunk = part
-        values = _decode_chunk(chunk, contexts.select(where.start, where.stop), shift, escape_bits, backend, device)
+        codes = _decode_chunk(chunk, contexts.select(where.start, where.stop), shift, escape_bits, backend, device)
         first, last = max(where.start, start), min(where.stop, stop)
         inside = slice(first - where.start, last - where.start)
-        target = out[first - start : last - start]
-        if states_machine is None:
-            _store(values[inside], offset, target)
-        elif first == where.start and last == where.stop:
-            _points(values, states_machine, target)
-        else:
-            whole = np.empty(values.shape, out.dtype)
-            _points(values, states_machine, whole)
-            target[:] = whole[inside]
+        _store(codes, contexts.machine, offset, inside, out[first - start : last - start])
 
-    wanted = [(where, chunk) for where, chunk in parts if where.start < stop and where.stop > start]
-    if len(wanted) > 1 and torch.get_num_threads() > 1:
-        with ThreadPoolExecutor(min(len(wanted), torch.get_num_threads())) as pool:
-            list(pool.map(decode, wanted))
+    if len(parts) > 1 and torch.get_num_threads() > 1:
+        with ThreadPoolExecutor(min(len(parts), torch.get_num_threads())) as pool:
+            list(pool.map(decode, parts))
     else:
-        for part in wanted:
+        for part in parts:
             decode(part)
     return out
+
+
+def _constant(reader: Reader, flags: int, count: int, shape: tuple[int, int]) -> np.ndarray:
+    value = reader.signed()
+    reader.end()
+    widths = [w for w, (low, high) in zip(_WIDTHS, _LIMITS, strict=True) if low <= value <= high]
+    if flags != _CONSTANT or count > _CONSTANT_LIMIT or not widths:
+        raise ValueError(f"an array of {count} equal values is damaged")
+    return np.full(shape, value, widths[0])
 
 
 def _read_plan(reader: Reader, m: int, n: int, flags: int, groups: int) -> Plan:
     base, models = reader.signed(1 << 24), []
     for group in range(groups):
         shape, zero = divmod(reader.byte(), 16)
-        if shape >= SHAPES or zero >= ZEROS:
+        if shape >= SHAPES:
             raise ValueError(f"an array uses model {shape}, which this version does not know")
         models.append(Model(shape, zero, reader.signed(CLASSES) if group else 0))
     spreads = []
     for flag, count in ((_ROWS, m), (_COLS, n)):
         spread = None
         if flags & flag:
-            spread = decode_integers(reader.block(), (1, count))[0].astype(np.int32)
-            spread = np.clip(spread, -(1 << 20), 1 << 20)
+            spread = np.clip(decode_integers(reader.block(), (1, count))[0].astype(np.int32), -_FAR, _FAR)
         spreads.append(spread)
     return Plan(base, spreads[0], spreads[1], tuple(models), 0.0)
 
 
 def _read_chunks(
-    reader: Reader, m: int, n: int, flags: int, shift: int, escape_bits: int, machine: bool
+    reader: Reader, shape: tuple[int, int], flags: int, shift: int, escape_bits: int, machine: bool, wanted: slice
 ) -> list[tuple[slice, _Chunk]]:
-    """Return the rows and the content of each chunk; every size is checked against the bytes that are there."""
-    sizes = []
-    for rows in _chunks(m, n):
+    """Return the rows and the content of each wanted chunk; every size is checked against the bytes that are there."""
+    n, sizes = shape[1], []
+    for rows in chunks(*shape):
         count = (rows.stop - rows.start) * n
-        lanes, words = reader.unsigned(min(count, 1 << 16)), reader.unsigned(count)
+        lanes, words = reader.unsigned(count), reader.unsigned(count)
         escapes = reader.unsigned(count) if flags & _ESCAPES else 0
         if lanes == 0 or (machine and lanes > n):
             raise ValueError(f"a chunk has {lanes} lanes for rows of {n}")
         if count > (4 * lanes + 2 * words) * SYMBOLS_PER_BYTE:
             raise ValueError(f"a chunk of {count} symbols has only {words} words")
         sizes.append((rows, lanes, words, escapes, packed_size(escape_bits, escapes) + packed_size(shift, count)))
-    parts = [
-        (rows, _Chunk(reader.array("u4", lanes), reader.array("u2", words), escapes, bytes(reader.raw(planes))))
-        for rows, lanes, words, escapes, planes in sizes
-    ]
+    parts = []
+    for rows, lanes, words, escapes, planes in sizes:
+        if rows.start < wanted.stop and rows.stop > wanted.start:
+            states = reader.array("u4", lanes)
+            parts.append((rows, _Chunk(states, reader.array("u2", words), escapes, reader.raw(planes))))
+        else:
+            reader.raw(4 * lanes + 2 * words + planes)
     reader.end()
     return parts
 
@@ -441,47 +356,29 @@ def _read_chunks(
 def _decode_chunk(
     chunk: _Chunk, contexts: Contexts, shift: int, escape_bits: int, backend: str, device: torch.device | str
 ) -> np.ndarray:
-    """Return the codes k of a chunk, int8 (rows, n) where there are only symbols and else int64."""
-    count = contexts.count
+    """Return the codes k of a chunk (rows, n), int8 where there are only symbols and else int64."""
     low = parity = None
     if shift:
-        low = unpack_bits(chunk.planes[packed_size(escape_bits, chunk.escapes) :], shift, count)
+        low = unpack_bits(chunk.planes[packed_size(escape_bits, chunk.escapes) :], shift, contexts.count)
         parity = (low & 1).astype(np.uint8)
     symbols = sqf_rans.decode(chunk.states, chunk.words, contexts, parity, backend, device)
-    shape = len(contexts.rows), len(contexts.cols)
-    escaped = np.flatnonzero((symbols == EVEN) | (symbols == ODD))
-    if len(escaped) != chunk.escapes:
-        raise ValueError("the number of escaped values is wrong")
-    if not len(escaped) and low is None:
-        return symbols.reshape(shape)
-    values = symbols.astype(np.int64)
-    zigzag = unpack_bits(chunk.planes, escape_bits, chunk.escapes).astype(np.int64)
-    values[escaped] = np.where(zigzag & 1, -(zigzag + 1 >> 1), zigzag >> 1)
-    if low is not None:
-        values = values << shift | low
-    return values.reshape(shape)
+    codes = join(symbols, chunk.planes, chunk.escapes, escape_bits, low, shift)
+    return codes.reshape(len(contexts.rows), len(contexts.cols))
 
 
-def _store(values: np.ndarray, offset: int, target: np.ndarray) -> None:
-    if values.dtype == np.int8 and offset == 0:
-        target[:] = values
+def _store(codes: np.ndarray, machine: Machine | None, offset: int, inside: slice, target: np.ndarray) -> None:
+    """Write the values of the rows ``inside`` of a chunk to ``target``, whose width they must fit."""
+    if machine is not None:
+        # Symbols alone make points of at most 252, so that int16 will do on the way.
+        points: np.ndarray = np.empty(codes.shape, np.int16 if codes.dtype == np.int8 else np.int64)
+        points_of_codes(codes, machine, points)
+        values: np.ndarray = points[inside]
+    elif codes.dtype == np.int8 and offset == 0:
+        target[:] = codes[inside]
         return
-    values = values.astype(np.int64) + offset
-    _check_width(values, target)
-    target[:] = values
-
-
-def _check_width(values: np.ndarray, target: np.ndarray) -> None:
+    else:
+        values = codes[inside].astype(np.int64) + offset
     limits = np.iinfo(target.dtype)
-    if values.size and not (limits.min <= values.min() and values.max() <= limits.max):
-        raise ValueError("a value does not fit its declared width")
-
-
-def _points(codes: np.ndarray, machine: Machine, target: np.ndarray) -> None:
-    if 2 * int(np.abs(codes.astype(np.int16 if codes.dtype == np.int8 else codes.dtype)).max()) <= np.iinfo(target.dtype).max:
-        points_of_codes(codes, machine, target)
-        return
-    wide = np.empty(codes.shape, np.int64)
-    points_of_codes(codes, machine, wide)
-    _check_width(wide, target)
-    target[:] = wide
+    if values.size and not (limits.min <= int(values.min()) and int(values.max()) <= limits.max):
+        raise ValueError("a value does not fit the width of its array")
+    target[:] = values

@@ -70,9 +70,7 @@ class Record:
         """
         return self.rows(0, self.shape[0], backend, device)
 
-    def rows(
-        self, first: int, last: int, backend: str = "auto", device: torch.device | str = "cpu"
-    ) -> Factors:
+    def rows(self, first: int, last: int, backend: str = "auto", device: torch.device | str = "cpu") -> Factors:
         """Decode the rows ``first..last`` alone, of shape (last - first, n); reads whole chunks of rows.
 
         Args:
@@ -223,7 +221,7 @@ def _view(data: Tensor | bytes | memoryview) -> memoryview:
         return memoryview(data)
     if data.dtype != torch.uint8 or data.ndim != 1:
         raise ValueError(f"expected a 1-D uint8 tensor, not {data.dtype} of shape {tuple(data.shape)}")
-    return memoryview(np.ascontiguousarray(_numpy(data)))
+    return np.ascontiguousarray(_numpy(data)).data
 
 
 def _read(data: memoryview, name: str, expected_shape: tuple[int, int] | None) -> list[Record]:

@@ -8,7 +8,7 @@ sums of magnitudes over rows and columns alone; then one histogram by class tell
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,7 +28,8 @@ from .sqf_models import (
 )
 
 _BLOCK = 1 << 20  # symbols that numpy works on at a time
-_SPREAD = 60  # a fitted part lies within this many quarter octaves of the middle
+_WIDE = 32  # quarter octaves about the middle beyond which parts of a class are not told apart
+_MOVES = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1), (1, 0, 1), (-1, 0, -1))
 _SIDE_OVERHEAD = 96  # bits of a stored spread beside its entropy
 
 
@@ -80,7 +81,9 @@ def _blocks(m: int, n: int) -> Iterator[slice]:
 
 
 @jit
-def _marginals_compiled(symbols, groups, odd_grid, fine, rows, cols):  # noqa: ANN001, ANN202
+def _marginals_compiled(
+    symbols: np.ndarray, groups: np.ndarray, odd_grid: np.ndarray, fine: bool, rows: np.ndarray, cols: np.ndarray
+) -> None:
     m, n = symbols.shape
     for i in range(m):
         total = 0
@@ -105,7 +108,7 @@ def _marginals(sample: Sample, compiled: bool) -> tuple[np.ndarray, np.ndarray]:
         return rows, cols
     for part in _blocks(m, n):
         magnitude = np.abs(sample.symbols[part].astype(np.int16))
-        if fine:
+        if sample.groups is not None:
             magnitude = 2 * magnitude - odd_grid[sample.groups[part]].astype(np.int16) * (magnitude > 0)
         rows[part] = magnitude.sum(1, dtype=np.int64)
         cols += magnitude.sum(0, dtype=np.int64)
@@ -113,7 +116,9 @@ def _marginals(sample: Sample, compiled: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 @jit
-def _histogram_compiled(symbols, groups, rows, cols, classes, counts):  # noqa: ANN001, ANN202
+def _histogram_compiled(
+    symbols: np.ndarray, groups: np.ndarray, rows: np.ndarray, cols: np.ndarray, classes: int, counts: np.ndarray
+) -> None:
     m, n = symbols.shape
     for i in range(m):
         row = rows[i]
@@ -141,21 +146,24 @@ def _histogram(sample: Sample, rows: np.ndarray, cols: np.ndarray, compiled: boo
     return counts.reshape(-1, CLASSES, SYMBOLS)
 
 
-def _fit_part(sums: np.ndarray, others: np.ndarray, mean: np.ndarray) -> np.ndarray:
+def _fit_part(sums: np.ndarray, others: np.ndarray, mean: np.ndarray, share: float = 1.0) -> np.ndarray:
     """Return the part r of each line's class whose expected sum over the ``others`` lies nearest to its own.
 
     Args:
         sums: (lines,) sums of magnitudes.
         others: int32, the other side's parts of the class.
         mean: (CLASSES,) expected magnitudes.
+        share: how many symbols each of the others stands for.
     """
-    values, counts = np.unique(others, return_counts=True)
-    middle = int(np.median(others))
-    candidates = np.arange(-middle - _SPREAD // 4, CLASSES - middle + _SPREAD // 4)
-    expected = mean[np.clip(candidates[:, None] + values, 0, CLASSES - 1)] @ counts
+    middle = _middle(others)
+    offsets = np.clip(others - middle, -_WIDE, _WIDE) + _WIDE
+    counts = np.bincount(offsets, minlength=2 * _WIDE + 1) * share
+    ladder = np.concatenate([np.full(2 * _WIDE, mean[0]), mean, np.full(2 * _WIDE, mean[-1])])
+    # expected[r] = sum over the others of mean[clip(r + other)], for r = -_WIDE..CLASSES + _WIDE - 1
+    expected = np.correlate(ladder, counts, "valid")
     # Nearest in ratio; half a unit keeps empty lines finite.
     bounds = np.sqrt((expected[1:] + 0.5) * (expected[:-1] + 0.5))
-    return candidates[np.searchsorted(bounds, sums + 0.5)].astype(np.int32)
+    return (np.searchsorted(bounds, sums + 0.5) - _WIDE - middle).astype(np.int32)
 
 
 def _entropy(values: np.ndarray) -> float:
@@ -167,32 +175,38 @@ def _entropy(values: np.ndarray) -> float:
 
 def _choose_model(counts: np.ndarray, grid: int, escape_bits: int) -> tuple[int, Model]:
     """Return the least cost (65536 to the bit) of a histogram (CLASSES, SYMBOLS) and its model, by local search."""
-    used = np.flatnonzero(counts.any(1))
+    used, symbols = np.flatnonzero(counts.any(1)), np.flatnonzero(counts.any(0))
     if not len(used):
         return 0, Model(DEFAULT_SHAPE, DEFAULT_ZERO)
-    symbols = np.flatnonzero(counts.any(0))
-    window = slice(symbols[0], symbols[-1] + 1)
-    counts = counts[used][:, window]
-    known: dict[Model, int] = {}
+    first, last = int(used[0]), int(used[-1])
+    window = slice(int(symbols[0]), int(symbols[-1]) + 1)
+    counts = counts[first : last + 1, window]
+    known: dict[tuple[int, int, int], int] = {}
 
-    def cost(model: Model) -> int:
+    def cost(model: tuple[int, int, int]) -> int:
         if model not in known:
-            bits, escaped = costs(model.shape, model.zero, grid)
-            rows = np.clip(used + model.offset, 0, CLASSES - 1)
-            each = bits[rows, window] + escaped[rows, window] * (escape_bits * COST_ONE)
-            known[model] = int((counts * each).sum())
+            shape, zero, offset = model
+            bits, escaped = costs(shape, zero, grid)
+            if first + offset >= 0 and last + offset < CLASSES:
+                rows: slice | np.ndarray = slice(first + offset, last + offset + 1)
+            else:
+                rows = np.clip(np.arange(first, last + 1) + offset, 0, CLASSES - 1)
+            total = int(np.einsum("ij,ij->", counts, bits[rows, window]))
+            extra = int(np.einsum("ij,ij->", counts, escaped[rows, window]))
+            known[model] = total + extra * escape_bits * COST_ONE
         return known[model]
 
-    best = min((Model(DEFAULT_SHAPE, DEFAULT_ZERO, o) for o in range(-4, 5)), key=cost)
+    best = DEFAULT_SHAPE, DEFAULT_ZERO, 0
     while True:
+        shape, zero, offset = best
         near = [
-            Model(best.shape + s, best.zero + z, best.offset + o)
-            for s, z, o in ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1), (1, 0, 1), (-1, 0, -1))
-            if 0 <= best.shape + s < SHAPES and 0 <= best.zero + z < ZEROS and abs(best.offset + o) < CLASSES
+            (shape + s, zero + z, offset + o)
+            for s, z, o in _MOVES
+            if 0 <= shape + s < SHAPES and 0 <= zero + z < ZEROS and abs(offset + o) < CLASSES
         ]
         better = min(near, key=cost)
         if cost(better) >= cost(best):
-            return cost(best), best
+            return cost(best), Model(*best)
         best = better
 
 
@@ -203,45 +217,42 @@ def _middle(values: np.ndarray) -> int:
 def fit(sample: Sample, compiled: bool = HAVE_NUMBA) -> Plan:
     """Return the cheapest plan found for a sample of at least one symbol."""
     m, n = sample.symbols.shape
-    sums, col_sums = _marginals(sample, compiled)
+    row_sums, col_sums = _marginals(sample, compiled)
     mean = np.mean([mean_magnitudes(DEFAULT_SHAPE, DEFAULT_ZERO, g) for g in sample.grids], axis=0)
-    row_part, col_part = -sample.row_prior, -sample.col_prior
-    # The priors alone: one base for all.
-    base = int(_fit_part(sums.sum(keepdims=True), np.add.outer(_thin(row_part), _thin(col_part)).reshape(-1), mean * (
-        m * n / (len(_thin(row_part)) * len(_thin(col_part)))))[0])  # fmt: skip
-    candidates = [(row_part, col_part + base, False, False)]
-    if n > 1 and m > 1:
-        rows = _fit_part(sums, candidates[0][1], mean)
-        cols = _fit_part(col_sums, row_part, mean)
-        both_cols = _fit_part(col_sums, rows, mean)
-        both_rows = _fit_part(sums, both_cols, mean)
-        candidates += [
-            (rows, candidates[0][1], True, False),
-            (row_part, cols, False, True),
-            (both_rows, _fit_part(col_sums, both_rows, mean), True, True),
-        ]
-    plans = []
-    for rows, cols, rows_stored, cols_stored in candidates:
-        base, row_spread, col_spread, side = 0, None, None, 0.0
-        if rows_stored:
-            row_spread = rows + sample.row_prior
-            base += _middle(row_spread)
-            row_spread = row_spread - _middle(row_spread)
-            side += _entropy(row_spread) * sample.scale
-        if cols_stored:
-            col_spread = cols + sample.col_prior
-            base += _middle(col_spread)
-            col_spread = col_spread - _middle(col_spread)
-            side += _entropy(col_spread)
-        else:
-            base += int(cols[0] + sample.col_prior[0])
-        chosen = [
-            _choose_model(counts, grid, sample.escape_bits)
-            for counts, grid in zip(_histogram(sample, rows, cols, compiled), sample.grids, strict=True)
-        ]
-        bits = sum(c for c, _ in chosen) / COST_ONE
-        plans.append(Plan(base, row_spread, col_spread, tuple(x for _, x in chosen), bits * sample.scale + side))
+    known_rows, known_cols = -sample.row_prior, -sample.col_prior
+    # With the priors alone there is one base for all, fitted to (some of) all pairs of rows and columns.
+    pairs = np.add.outer(_thin(known_rows), _thin(known_cols)).reshape(-1)
+    base = int(_fit_part(row_sums.sum(keepdims=True), pairs, mean, m * n / len(pairs))[0])
+    plans = [_plan(sample, known_rows + base, known_cols, False, False, compiled)]
+    if m > 1 and n > 1:
+        rows = _fit_part(row_sums, known_cols, mean)
+        cols = _fit_part(col_sums, known_rows, mean)
+        plans.append(_plan(sample, rows, known_cols, True, False, compiled))
+        plans.append(_plan(sample, known_rows, cols, False, True, compiled))
+        cols = _fit_part(col_sums, rows, mean)
+        rows = _fit_part(row_sums, cols, mean)
+        cols = _fit_part(col_sums, rows, mean)
+        plans.append(_plan(sample, rows, cols, True, True, compiled))
     return min(plans, key=lambda p: p.bits)
+
+
+def _plan(
+    sample: Sample, rows: np.ndarray, cols: np.ndarray, rows_stored: bool, cols_stored: bool, compiled: bool
+) -> Plan:
+    """Return the plan of given parts of the class: its models, and which parts differ from the priors."""
+    row_spread, col_spread = rows + sample.row_prior, cols + sample.col_prior
+    base = _middle(row_spread) + _middle(col_spread)
+    row_spread, col_spread = row_spread - _middle(row_spread), col_spread - _middle(col_spread)
+    side = rows_stored * _entropy(row_spread) * sample.scale + cols_stored * _entropy(col_spread)
+    chosen = [
+        _choose_model(counts, grid, sample.escape_bits)
+        for counts, grid in zip(_histogram(sample, rows, cols, compiled), sample.grids, strict=True)
+    ]
+    # The first group's offset goes into the base, so that no stream has to store it.
+    first = chosen[0][1].offset
+    models = tuple(replace(model, offset=model.offset - first) for _, model in chosen)
+    bits = sum(cost for cost, _ in chosen) / COST_ONE * sample.scale + side
+    return Plan(base + first, row_spread if rows_stored else None, col_spread if cols_stored else None, models, bits)
 
 
 def _thin(part: np.ndarray) -> np.ndarray:

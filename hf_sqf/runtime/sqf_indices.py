@@ -11,10 +11,11 @@ import torch
 
 from . import sqf_rans
 from .sqf_bytes import Reader, Writer, pack_bits, packed_size, unpack_bits
-from .sqf_codec import CHUNK, SYMBOLS_PER_BYTE, decode_integers, encode_integers, lanes_for
+from .sqf_codec import SYMBOLS_PER_BYTE, decode_integers, encode_integers, lanes_for
 from .sqf_jit import HAVE_NUMBA
 from .sqf_models import SYMBOLS, TOTAL
 from .sqf_rans import Contexts
+from .sqf_symbols import CHUNK
 
 _FLAT, _TABLE = 0, 1
 _UNUSED = 127  # the table's entry of an index that does not occur; others are below

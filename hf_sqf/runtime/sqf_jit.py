@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from importlib.util import find_spec
+from typing import Any
 
-try:
-    import numba
-except ImportError:  # an optional accelerator: each caller has a numpy path
-    numba = None
-
-HAVE_NUMBA: bool = numba is not None
+HAVE_NUMBA: bool = find_spec("numba") is not None
 """Whether compiled kernels are at hand."""
 
-F = TypeVar("F", bound=Callable[..., Any])
 
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile ``function``: cached on disk, releasing the GIL, without fused or reordered float arithmetic.
 
-def jit(function: F) -> F:
-    """Compile ``function`` (cached on disk, releasing the GIL, without fused or reordered float arithmetic)."""
-    return function if numba is None else numba.njit(cache=True, nogil=True, fastmath=False)(function)
+    Without numba the function is left as it is, and its callers take their numpy path.
+    """
+    if not HAVE_NUMBA:
+        return function
+    import numba
+
+    compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True, fastmath=False)(function)
+    return compiled

@@ -13,7 +13,9 @@ from .sqf_trellis import Machine
 
 
 @jit
-def _codes_compiled(points, grid, step, codes, states):  # noqa: ANN001, ANN202
+def _codes_compiled(
+    points: np.ndarray, grid: np.ndarray, step: np.ndarray, codes: np.ndarray, states: np.ndarray
+) -> int:
     column = np.zeros(points.shape[1], np.uint8)
     for i in range(points.shape[0]):
         for j in range(points.shape[1]):
@@ -43,9 +45,7 @@ def _codes_vectors(points: np.ndarray, machine: Machine, codes: np.ndarray, stat
     return -1
 
 
-def codes_of_points(
-    points: np.ndarray, machine: Machine, compiled: bool = HAVE_NUMBA
-) -> tuple[np.ndarray, np.ndarray]:
+def codes_of_points(points: np.ndarray, machine: Machine, compiled: bool = HAVE_NUMBA) -> tuple[np.ndarray, np.ndarray]:
     """Return the codes k, int32 (m, n), and each one's state, uint8 (m, n), of fine-grid integers u (m, n).
 
     Raises:
@@ -63,7 +63,7 @@ def codes_of_points(
 
 
 @jit
-def _points_compiled(codes, grid, step, points):  # noqa: ANN001, ANN202
+def _points_compiled(codes: np.ndarray, grid: np.ndarray, step: np.ndarray, points: np.ndarray) -> None:
     column = np.zeros(codes.shape[1], np.uint8)
     for i in range(codes.shape[0]):
         for j in range(codes.shape[1]):
@@ -73,9 +73,7 @@ def _points_compiled(codes, grid, step, points):  # noqa: ANN001, ANN202
             column[j] = step[state, k & 1]
 
 
-def points_of_codes(
-    codes: np.ndarray, machine: Machine, points: np.ndarray, compiled: bool = HAVE_NUMBA
-) -> None:
+def points_of_codes(codes: np.ndarray, machine: Machine, points: np.ndarray, compiled: bool = HAVE_NUMBA) -> None:
     """Write the fine-grid integers u of the codes k (m, n), from state 0, to ``points`` (m, n)."""
     if compiled:
         _points_compiled(codes, machine.grid, machine.next_state, points)

@@ -72,7 +72,16 @@ class Contexts:
 
 
 @jit
-def _encode_compiled(symbols, groups, rows, cols, starts, classes, states, words):  # noqa: ANN001, ANN202
+def _encode_compiled(
+    symbols: np.ndarray,
+    groups: np.ndarray,
+    rows: np.ndarray,
+    cols: np.ndarray,
+    starts: np.ndarray,
+    classes: int,
+    states: np.ndarray,
+    words: np.ndarray,
+) -> int:
     lanes, n = states.size, cols.size
     at, t = words.size, symbols.size
     lane = (t - 1) % lanes
@@ -145,7 +154,15 @@ def encode(
 
 
 @jit
-def _decode_compiled(words, states, rows, cols, table, classes, out):  # noqa: ANN001, ANN202
+def _decode_compiled(
+    words: np.ndarray,
+    states: np.ndarray,
+    rows: np.ndarray,
+    cols: np.ndarray,
+    table: np.ndarray,
+    classes: int,
+    out: np.ndarray,
+) -> int:
     """Decode without a state machine; returns the number of words read, or -1 when they do not suffice."""
     lanes, n = states.size, cols.size
     at, last = np.uint64(0), np.uint64(words.size)
@@ -179,7 +196,18 @@ def _decode_compiled(words, states, rows, cols, table, classes, out):  # noqa: A
 
 
 @jit
-def _decode_compiled_machine(words, states, rows, cols, table, classes, base, step, parity, out):  # noqa: ANN001, ANN202
+def _decode_compiled_machine(
+    words: np.ndarray,
+    states: np.ndarray,
+    rows: np.ndarray,
+    cols: np.ndarray,
+    table: np.ndarray,
+    classes: int,
+    base: np.ndarray,
+    step: np.ndarray,
+    parity: np.ndarray,
+    out: np.ndarray,
+) -> int:
     """The same with a state machine: ``base`` (S,) first class of each state, ``step`` (2 S,) the next states."""
     lanes, n = states.size, cols.size
     at, last = np.uint64(0), np.uint64(words.size)
@@ -380,8 +408,9 @@ def decode(
             read = _decode_compiled(*common, out)
         else:
             base = np.array(contexts.group_of_state, np.uint32) * np.uint32(contexts.classes)
+            step = contexts.machine.next_state.reshape(-1).astype(np.uint8)
             odd = np.zeros(0, np.uint8) if parity is None else parity
-            read = _decode_compiled_machine(*common, base, contexts.machine.next_state.reshape(-1).astype(np.uint8), odd, out)
+            read = _decode_compiled_machine(*common, base, step, odd, out)
     elif backend == "numpy":
         read = _decode_vectors(words, x, contexts, parity, out)
     elif backend == "torch":
