@@ -23,33 +23,36 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from hf_sqf import SQFConfig
 
 QUERIES = (
-    "How do I run code whether or not an error was raised?",
-    "Which operators compare two objects by identity?",
-    "What happens to variables when a function returns?",
+    "Which operator binds more tightly than multiplication?",
+    "How do I leave a loop early?",
+    "How does a class get its metaclass?",
 )
 
 
 def paragraphs() -> list[str]:
-    """Return the prose paragraphs of 80 to 400 characters, each once, in a fixed order."""
+    """Return some 200 different paragraphs of prose, 80 to 400 characters each, in a fixed order."""
     found: dict[str, None] = {}
     for topic in sorted(topics):
         for block in topics[topic].split("\n\n"):
             text = " ".join(block.split())
             if block[:1].isalpha() and 80 <= len(text) <= 400 and text.endswith("."):
                 found[text] = None
-    return list(found)
+    return list(found)[::2]
 
 
 @torch.no_grad()
 def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
     """Return the sentence embeddings (len(texts), 384): token states, averaged and normalised."""
-    out = []
-    for start in range(0, len(texts), 32):
-        batch = tokenizer(texts[start : start + 32], padding=True, truncation=True, max_length=256, return_tensors="pt")
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+    out: list[Tensor] = [torch.empty(0)] * len(texts)
+    for start in range(0, len(texts), 64):
+        chosen = order[start : start + 64]
+        batch = tokenizer([texts[i] for i in chosen], padding=True, return_tensors="pt")
         states = model(**batch).last_hidden_state
         mask = batch["attention_mask"][..., None].to(states.dtype)
-        out.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1))
-    return torch.cat(out)
+        for i, mean in zip(chosen, (states * mask).sum(1) / mask.sum(1), strict=True):
+            out[i] = nn.functional.normalize(mean, dim=0)
+    return torch.stack(out)
 
 
 def main() -> None:
@@ -78,7 +81,7 @@ def main() -> None:
 
     texts = paragraphs()
     before, after = embed(original, tokenizer, texts), embed(reloaded, tokenizer, texts)
-    if not torch.equal(after, embed(model, tokenizer, texts)):
+    if not torch.equal(embed(reloaded, tokenizer, texts[:64]), embed(model, tokenizer, texts[:64])):
         raise SystemExit("the reloaded model's outputs differ from those of the model that was saved")
     cosine = nn.functional.cosine_similarity(before, after)
 
