@@ -54,7 +54,7 @@ def find_targets(model: PreTrainedModel, config: SQFConfig) -> tuple[list[Target
     sites: dict[nn.Parameter, list[tuple[nn.Module, str, Held]]] = {}
     for prefix, module in model.named_modules():
         for attribute, held in weights_of(module, prefix).items():
-            sites.setdefault(module._parameters[attribute], []).append((module, attribute, held))  # type: ignore[arg-type]
+            sites.setdefault(module.get_parameter(attribute), []).append((module, attribute, held))
 
     embeddings, heads = _special_modules(model)
     targets, dense = [], {}

@@ -30,6 +30,9 @@ SUFFIX = "_factors"
 """Of a packed parameter's name. An underscore: renaming patterns of transformers end at a word's boundary."""
 
 
+_SIZES = frozenset({"num_embeddings", "embedding_dim", "in_features", "out_features"})
+
+
 @dataclass(frozen=True)
 class Held:
     """What the dense weight looks like that a module holds as factors.
@@ -115,6 +118,15 @@ class SQFModule(nn.Module):
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps transformers from drawing it at random
         return weight
 
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        # transformers resizes embeddings by setting .data of the weight, a passing copy here, and then the size.
+        if name in _SIZES and name in self.__dict__ and value != self.__dict__[name]:
+            raise ValueError(
+                f"{name} of a compressed module cannot change from {self.__dict__[name]} to {value}: resize the "
+                "embeddings before the model is compressed, or after hf_sqf.dequantize(model)"
+            )
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SQFModule:
         if fn(torch.empty(1, dtype=torch.uint8)).dtype != torch.uint8:
             raise TypeError("packed factors must stay uint8; cast floating-point tensors only, as .to(dtype) does")
@@ -137,6 +149,10 @@ class SQFModule(nn.Module):
 
 def _weight_property(name: str) -> property:
     return property(lambda module: module.dense(name), doc=f"The dense {name}, decoded on demand.")
+
+
+def _stack_property(name: str) -> property:
+    return property(lambda module: ExpertStack(module, name), doc=f"The experts' {name}, decoded one by one.")
 
 
 class SQFLinear(SQFModule, nn.Linear):
@@ -164,11 +180,12 @@ class SQFConv1D(SQFModule, Conv1D):
 
 class _SQFConv(SQFModule):
     weight = _weight_property("weight")
+    _conv_forward: Callable[..., Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in, *size) to (batch, out, *size)."""
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return self._conv_forward(input, self.dense(dtype=input.dtype), bias)
+        bias = self._parameters["bias"]
+        return self._conv_forward(input, self.dense(dtype=input.dtype), None if bias is None else bias.to(input.dtype))
 
 
 class SQFConv1d(_SQFConv, nn.Conv1d):
@@ -298,7 +315,7 @@ def compress_module(module: nn.Module, packed: dict[str, tuple[Held, nn.Paramete
     module.held = {name: held for name, (held, _) in packed.items()}  # type: ignore[assignment]
     module.compute_dtype = dtype  # type: ignore[assignment]
     module._is_hf_initialized = True  # type: ignore[assignment]
-    module.__class__ = _compressed_class(base, tuple(packed))
+    module.__class__ = _compressed_class(base, tuple(packed))  # type: ignore[arg-type]  # classes are hashable
 
 
 def decompress_module(module: SQFModule, dense: dict[nn.Parameter, nn.Parameter]) -> None:
@@ -318,7 +335,7 @@ def decompress_module(module: SQFModule, dense: dict[nn.Parameter, nn.Parameter]
     for name in held:
         del module._parameters[name + SUFFIX]
     del module.held, module.compute_dtype
-    module.__class__ = base
+    module.__class__ = base  # type: ignore[assignment]
     for name, weight in weights.items():
         module.register_parameter(name, weight)
 
@@ -331,11 +348,11 @@ def _compressed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[SQF
         return kind
     if names == ("weight",) and (kinds := [KINDS[parent] for parent in base.__mro__ if parent in KINDS]):
         # The subclass first, so that its forward's super().forward() is the compressed one.
-        return type(f"SQF{base.__name__}", (base, kinds[0]), {"base": base, "weight": kinds[0].weight})
-    stacks = {name: property(lambda module, name=name: ExpertStack(module, name)) for name in names}
+        return type(f"SQF{base.__name__}", (base, kinds[0]), {"base": base, "weight": _weight_property("weight")})
+    stacks = {name: _stack_property(name) for name in names}
     return type(f"SQF{base.__name__}", (SQFExperts, base), {"base": base, **stacks})
 
 
 def _blank(base: type[nn.Module], names: tuple[str, ...]) -> SQFModule:
-    cls = _compressed_class(base, names)
+    cls = _compressed_class(base, names)  # type: ignore[arg-type]
     return cls.__new__(cls)

@@ -81,7 +81,7 @@ class SQFQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)
-        return model if dtype is None else model.to(dtype)
+        return model if dtype is None else model.to(dtype=dtype)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what is saved: the state dict, and one tensor that no ordinary load can digest.
@@ -110,8 +110,9 @@ def register(quantizer: type[SQFQuantizer] = SQFQuantizer) -> None:
     """Make transformers know the method. Calling it again, or from another copy of this file, does no harm."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SQFConfig
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = quantizer
-    if SQFConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:  # else dequantize=True would be ignored, with a warning
-        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, SQFConfig)
+    known: tuple[type, ...] = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+    if SQFConfig not in known:  # else dequantize=True would be ignored, with a warning
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*known, SQFConfig)  # type: ignore[assignment]
 
 
 def settle(model: PreTrainedModel) -> None:
@@ -156,7 +157,8 @@ def prepare(model: PreTrainedModel, files: list[str], config: SQFConfig, dtype: 
         if source + SUFFIX in packed and target + SUFFIX in sites:
             packed.setdefault(target + SUFFIX, packed[source + SUFFIX])
     place(model, {name: (*sites[name], parameter) for name, parameter in packed.items()}, dtype)
-    model._keys_to_ignore_on_load_unexpected |= {f"^{re.escape(name)}$" for name in sentinels}
+    ignored = {f"^{re.escape(name)}$" for name in sentinels}
+    model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
 
 
 def place(
@@ -178,7 +180,9 @@ def place(
         by_module.setdefault(module, {})[attribute] = held, parameter
     for module, weights in by_module.items():
         name, (held, _) = next(iter(weights.items()))
-        compute = torch.float32 if upcast is not None and upcast.search(held.name) else module._parameters[name].dtype
+        compute = module.get_parameter(name).dtype
+        if upcast is not None and upcast.search(held.name):
+            compute = torch.float32
         compress_module(module, weights, compute)
     _rename_ties(model, set(packed), compressed=True)
 
@@ -232,7 +236,8 @@ def _read_headers(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = dict.fromkeys(model.state_dict(), True) | dict.fromkeys(sites, True)
-    shapes, sentinels = {}, set()
+    shapes: dict[str, tuple[int, ...]] = {}
+    sentinels: set[str] = set()
     for file in files:
         if Path(file).suffix != ".safetensors":
             raise ValueError(f"{file}: compressed models are stored as safetensors")
@@ -248,7 +253,8 @@ def _read_headers(
                         raise ValueError(f"{key} in {file}: there is more than one {name}")
                     shapes[name] = shape
                 elif dtype == "U8" and shape == (1,):
-                    sentinels.add(rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0])
+                    # Without its prefix it fits no parameter of a body that is loaded from a model with a head.
+                    sentinels |= {key, rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0]}
     return shapes, sentinels
 
 
@@ -256,7 +262,9 @@ def _check_complete(
     model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], sites: set[str], config: SQFConfig, files: list[str]
 ) -> None:
     where = str(Path(files[0]).parent) if files else "the checkpoint"
-    expected = (config.coverage or {}).get("weights", len(shapes))
+    expected = (config.coverage or {}).get("weights")
+    if not isinstance(expected, int):
+        raise ValueError(f"{where}: config.json does not say how many weights are compressed")
     missing = [name for name in sorted(sites - shapes.keys()) if name.removesuffix(SUFFIX) in model.state_dict()]
     if len(shapes) < expected:
         raise ValueError(
