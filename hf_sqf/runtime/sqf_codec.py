@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import sqf_rans
+from . import sqf_decoders, sqf_rans
 from .sqf_bytes import Reader, Writer, packed_size, unpack_bits
 from .sqf_fit import Plan, Sample, fit
 from .sqf_jit import HAVE_NUMBA
@@ -257,7 +257,7 @@ def decode_integers(
         row_prior: as the encoder had it.
         col_prior: as the encoder had it.
         trellis: as the encoder had it.
-        backend: implementation, one of :data:`hf_sqf.runtime.sqf_rans.BACKENDS`.
+        backend: implementation, one of :data:`hf_sqf.runtime.sqf_decoders.BACKENDS`.
         rows: decode only the chunks that hold this range of rows, and return the range.
         device: where the torch backend works.
 
@@ -361,7 +361,7 @@ def _decode_chunk(
     if shift:
         low = unpack_bits(chunk.planes[packed_size(escape_bits, chunk.escapes) :], shift, contexts.count)
         parity = (low & 1).astype(np.uint8)
-    symbols = sqf_rans.decode(chunk.states, chunk.words, contexts, parity, backend, device)
+    symbols = sqf_decoders.decode(chunk.states, chunk.words, contexts, parity, backend, device)
     codes = join(symbols, chunk.planes, chunk.escapes, escape_bits, low, shift)
     return codes.reshape(len(contexts.rows), len(contexts.cols))
 

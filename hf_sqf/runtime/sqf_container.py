@@ -76,7 +76,7 @@ class Record:
         Args:
             first: first row.
             last: one after the last row.
-            backend: implementation of decoding, one of :data:`hf_sqf.runtime.sqf_rans.BACKENDS`.
+            backend: implementation of decoding, one of :data:`hf_sqf.runtime.sqf_decoders.BACKENDS`.
             device: where the torch backend works.
 
         Raises:

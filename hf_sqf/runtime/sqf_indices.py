@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from . import sqf_rans
+from . import sqf_decoders, sqf_rans
 from .sqf_bytes import Reader, Writer, pack_bits, packed_size, unpack_bits
 from .sqf_codec import SYMBOLS_PER_BYTE, decode_integers, encode_integers, lanes_for
 from .sqf_jit import HAVE_NUMBA
@@ -132,7 +132,7 @@ def decode_indices(
     parts = []
     for length, lanes, words in sizes:
         states, stream = reader.array("u4", lanes), reader.array("u2", words)
-        symbol = sqf_rans.decode(states, stream, _contexts(frequencies, length), None, backend, device)
+        symbol = sqf_decoders.decode(states, stream, _contexts(frequencies, length), None, backend, device)
         low = unpack_bits(reader.raw(packed_size(shift, length)), shift, length)
         parts.append((symbol.astype(np.int32) + 128 << shift | low.astype(np.int32)).astype(np.int32))
     reader.end()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
-HAVE_NUMBA: bool = find_spec("numba") is not None
-"""Whether compiled kernels are at hand."""
+try:
+    import numba
+except ImportError:
+    HAVE_NUMBA = False
+else:
+    HAVE_NUMBA = True
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,7 +20,8 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     if not HAVE_NUMBA:
         return function
-    import numba
-
-    compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True, fastmath=False)(function)
+    try:
+        compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder to keep a cache in
+        compiled = numba.njit(nogil=True)(function)
     return compiled
