@@ -117,7 +117,7 @@ def projected_gradient(
     codes: Tensor,
     dictionary: Tensor,
     P_Z: Projection,
-    P_D: Projection,
+    P_D: Projection | None,
     H: Tensor | None = None,
     inner: Inner = gradient_step,
     iterations: int = 100,
@@ -130,7 +130,7 @@ def projected_gradient(
         codes: Z, float64 (m, K), or int64 (m,) for one-hot codes.
         dictionary: D, float64 (K, n).
         P_Z: projection onto the set of codes. One that is not separable must be nearest in the Euclidean norm.
-        P_D: projection onto the set of dictionaries; it must treat entries apart from one another.
+        P_D: projection onto the set of dictionaries; it must treat entries apart from one another. None keeps D.
         H: (n, n); None for the identity.
         inner: the step on the codes.
         iterations: most iterations, of one step on each factor.
@@ -144,10 +144,12 @@ def projected_gradient(
         return _accept(lambda at: inner(x, at, D, P_Z, H), lambda Z: f(Z, D), Z, previous, momentum, value)
 
     def step_atoms(D: Tensor, previous: Tensor, Z: Tensor, momentum: float, value: float) -> tuple[Tensor, float, bool]:
+        if P_D is None:
+            return D, value, True
         return _accept(lambda at: dictionary_step(x, Z, at, P_D, H), lambda D: f(Z, D), D, previous, momentum, value)
 
     Z = old_Z = P_Z(codes) if codes.dim() == 2 else codes
-    D = old_D = P_D(dictionary)
+    D = old_D = dictionary if P_D is None else P_D(dictionary)
     value = f(Z, D)
     trace, momentum = [value], 0.0
     for iteration in range(iterations):

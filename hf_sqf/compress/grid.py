@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.sqf_factors import FINE, Factors, Term, log_scale, nearest_log_scale
+from .dead_zone import dead_zone, outside
 from .metric import Metric
 from .rate import term_bits
 from .rounding import round_in_metric
@@ -61,11 +62,6 @@ def grid_scales(metric: Metric, step: float) -> Scales:
     return Scales(scale, steps, rows)
 
 
-def round_plain(weight: Tensor, scales: Scales) -> Tensor:
-    """Return each entry's nearest code, (m, n)."""
-    return torch.round(weight.float() / (scales.step_values() * scales.row_values()[:, None]))
-
-
 def narrow(codes: Tensor) -> Tensor:
     """Return integers in the narrowest of int8, int16 and int32 that holds them."""
     largest = float(codes.abs().max()) if codes.numel() else 0.0
@@ -74,20 +70,26 @@ def narrow(codes: Tensor) -> Tensor:
     return codes.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)
 
 
-def solve_grid(weight: Tensor, metric: Metric, step: float) -> Solution:
+def solve_grid(weight: Tensor, metric: Metric, step: float, sparse: bool = False) -> Solution:
     """Round a weight on the grid of the noise step c; where the metric is uniform, with one step for all.
 
     Args:
         weight: float (m, n).
         metric: the distance.
         step: c, in the metric's units.
+        sparse: round by ``Grid @ TopK(k)`` instead, with the k entries that are worth their bits. This is ``pgd``
+            from the identity, which its steps on the dictionary leave as it is: rounding errors have nothing in
+            common with the codes.
     """
     scales = grid_scales(metric, step)
-    if metric.H is None:
-        codes = round_plain(weight, scales)
+    units = scales.step_values(), scales.row_values()
+    if sparse:
+        targets = weight.float() / (units[0] * units[1][:, None])
+        rounder = outside(dead_zone(targets))
+        codes = rounder(targets, 0) if metric.H is None else round_in_metric(weight, *units, metric.cholesky(), rounder)
     else:
-        codes = round_in_metric(weight, scales.step_values(), scales.row_values(), metric.cholesky())
+        codes = round_in_metric(weight, *units, None if metric.H is None else metric.cholesky())
     term = scales.term(codes)
-    factors = Factors((weight.shape[0], weight.shape[1]), "grid", (term,))
+    factors = Factors((weight.shape[0], weight.shape[1]), "pgd" if sparse else "grid", (term,))
     distortion = metric.distance(weight, factors.dense())
     return Solution(factors, distortion, term_bits(term), trace=(distortion,), start="identity")

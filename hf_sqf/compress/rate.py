@@ -21,7 +21,7 @@ def term_bits(term: Term) -> float:
     if term.one_hot:
         codes = index_bits(torch.bincount(term.codes.long(), minlength=term.atom_count))
     else:
-        codes = ideal_bits(_array(term.codes))
+        codes = ideal_bits(_array(term.codes), trellis=term.trellis)
     side = [term.steps.reshape(1, -1), term.rows.reshape(1, -1)]
     if term.atoms is not None:
         side.append(term.atoms)
