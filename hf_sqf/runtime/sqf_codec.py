@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import sqf_decoders, sqf_rans
 from .sqf_bytes import Reader, Writer, packed_size, unpack_bits
+from .sqf_decoders import decode
 from .sqf_fit import Plan, Sample, fit
 from .sqf_jit import HAVE_NUMBA
 from .sqf_models import CLASSES, INTEGERS, Q0, Q1, SHAPES, Model, frequencies
 from .sqf_paths import points_of_codes
-from .sqf_rans import Contexts
+from .sqf_rans import Contexts, encode
 from .sqf_symbols import Split, chunk_rows, chunks, escape, join, splits
 from .sqf_trellis import Machine, machine
 
@@ -207,7 +207,7 @@ def _encode_chunk(
     contexts = contexts.select(rows.start, rows.stop)
     groups = None if split.groups is None else split.groups[rows].reshape(-1)
     part, escaped = escape(symbols[rows].reshape(-1), groups, contexts, compiled)
-    states, words = sqf_rans.encode(part, groups, contexts, lanes, compiled)
+    states, words = encode(part, groups, contexts, lanes, compiled)
     return _Chunk(states, words, len(escaped), split.planes(rows, escaped))
 
 
@@ -287,7 +287,7 @@ def decode_integers(
     contexts = _contexts(plan, _prior(row_prior, m), _prior(col_prior, n), trellis)
     out = np.empty((stop - start, n), _WIDTHS[flags & 3])
 
-    def decode(part: tuple[slice, _Chunk]) -> None:
+    def read(part: tuple[slice, _Chunk]) -> None:
         where, chunk = part
         codes = _decode_chunk(chunk, contexts.select(where.start, where.stop), shift, escape_bits, backend, device)
         first, last = max(where.start, start), min(where.stop, stop)
@@ -296,10 +296,10 @@ def decode_integers(
 
     if len(parts) > 1 and torch.get_num_threads() > 1:
         with ThreadPoolExecutor(min(len(parts), torch.get_num_threads())) as pool:
-            list(pool.map(decode, parts))
+            list(pool.map(read, parts))
     else:
         for part in parts:
-            decode(part)
+            read(part)
     return out
 
 
@@ -361,7 +361,7 @@ def _decode_chunk(
     if shift:
         low = unpack_bits(chunk.planes[packed_size(escape_bits, chunk.escapes) :], shift, contexts.count)
         parity = (low & 1).astype(np.uint8)
-    symbols = sqf_decoders.decode(chunk.states, chunk.words, contexts, parity, backend, device)
+    symbols = decode(chunk.states, chunk.words, contexts, parity, backend, device)
     codes = join(symbols, chunk.planes, chunk.escapes, escape_bits, low, shift)
     return codes.reshape(len(contexts.rows), len(contexts.cols))
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from . import sqf_decoders, sqf_rans
 from .sqf_bytes import Reader, Writer, pack_bits, packed_size, unpack_bits
 from .sqf_codec import SYMBOLS_PER_BYTE, decode_integers, encode_integers, lanes_for
+from .sqf_decoders import decode
 from .sqf_jit import HAVE_NUMBA
 from .sqf_models import SYMBOLS, TOTAL
-from .sqf_rans import Contexts
+from .sqf_rans import Contexts, encode
 from .sqf_symbols import CHUNK
 
 _FLAT, _TABLE = 0, 1
@@ -83,7 +83,7 @@ def encode_indices(indices: np.ndarray, atoms: int, compiled: bool = HAVE_NUMBA)
         part = high[first : first + CHUNK]
         lanes = lanes_for(bits * len(part) / len(indices))
         contexts = _contexts(frequencies, len(part))
-        streams.append(sqf_rans.encode((part - 128).astype(np.int8), None, contexts, lanes, compiled))
+        streams.append(encode((part - 128).astype(np.int8), None, contexts, lanes, compiled))
         planes.append(pack_bits(indices[first : first + CHUNK] & (1 << shift) - 1, shift))
     for states, words in streams:
         out.unsigned(len(states))
@@ -132,7 +132,7 @@ def decode_indices(
     parts = []
     for length, lanes, words in sizes:
         states, stream = reader.array("u4", lanes), reader.array("u2", words)
-        symbol = sqf_decoders.decode(states, stream, _contexts(frequencies, length), None, backend, device)
+        symbol = decode(states, stream, _contexts(frequencies, length), None, backend, device)
         low = unpack_bits(reader.raw(packed_size(shift, length)), shift, length)
         parts.append((symbol.astype(np.int32) + 128 << shift | low.astype(np.int32)).astype(np.int32))
     reader.end()
