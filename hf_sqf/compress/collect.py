@@ -220,13 +220,14 @@ class _Collection:
         for target in self.targets:
             names = [held.name.removesuffix(SUFFIX) for _, _, held in target.sites]
             if target.held.stacked:
-                for i in range(target.held.shape[0]):
-                    self._gradient(recorder, f"{target.name}.{i}")
-            else:
-                for name in names:
-                    self._gradient(recorder, name)
-            if len(found := [name for name in names if name in self.energies]) > 1:
+                names = [f"{target.name}.{i}" for i in range(target.held.shape[0])]
+            for name in names:
+                self._gradient(recorder, name)
+            found = [name for name in names if name in self.energies]
+            if len(target.sites) > 1 and found:
                 self._join(target.name, found)
+                for name in names:
+                    self.notes.pop(name, None)
 
     def _gradient(self, recorder: Recorder, name: str) -> None:
         energy, key = recorder.energies.get(name), recorder.shared.get(name, name)

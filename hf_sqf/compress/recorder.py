@@ -205,17 +205,20 @@ def shared_inputs(
 def measuring(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into the state to be measured in, and back: evaluation, frozen weights, recomputed activations."""
     was_training = model.training
-    cache = getattr(model.config, "use_cache", None)
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     frozen = [p for p in model.parameters() if p.requires_grad]
     experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
     model.eval()
-    if cache is not None:
-        model.config.use_cache = False
+    for config in caching:
+        config.use_cache = False
     for p in frozen:
         p.requires_grad_(False)
     if experts is not None and any(experts.values()):
         model.set_experts_implementation("eager")
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    # A decoder that attends to an encoder does not run twice to the same end (transformers 5.23, T5).
+    modules = () if model.config.is_encoder_decoder else model.modules()
+    layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
     before = [(m.gradient_checkpointing, getattr(m, "_gradient_checkpointing_func", None)) for m in layers]
     for layer in layers:  # only the layer itself is told that it trains: what lies in it (dropout) is not
         layer.gradient_checkpointing, layer.training = True, True
@@ -226,8 +229,8 @@ def measuring(model: PreTrainedModel) -> Iterator[None]:
         for layer, (flag, function) in zip(layers, before, strict=True):
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = flag, function  # type: ignore[assignment]
         model.train(was_training)
-        if cache is not None:
-            model.config.use_cache = cache
+        for config in caching:
+            config.use_cache = True
         for p in frozen:
             p.requires_grad_(True)
         if experts is not None and any(experts.values()):
