@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from ..runtime.sqf_quantizer import COMPANIONS
+from ..runtime.sqf_model import MIXINS, Base
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -19,12 +18,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class SavesWithCard(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[misc]
+class SavesWithCard(Base):
     """Mixin before a model's own class. Nothing but saving and pushing changes."""
 
-    sqf_native: type[PreTrainedModel]
-
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
@@ -48,7 +45,7 @@ class SavesWithCard(PreTrainedModel if TYPE_CHECKING else object):  # type: igno
             options |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
             self.push_to_hub(repo_id, **options)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
@@ -90,31 +87,5 @@ class SavesWithCard(PreTrainedModel if TYPE_CHECKING else object):  # type: igno
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             return push(folder, repo_id, force=force, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401
-        # By the class it was made from: this one is made on the fly and cannot be found by its name.
-        return _blank, (self.sqf_native,), self.__dict__
 
-
-@cache
-def _with_card(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    names = {"__module__": native.__module__, "__doc__": native.__doc__, "sqf_native": native}
-    return type(native.__name__, (SavesWithCard, native), names)
-
-
-def _blank(native: type[PreTrainedModel]) -> PreTrainedModel:
-    cls = _with_card(native)  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
-    return cls.__new__(cls)
-
-
-def attach(model: PreTrainedModel) -> None:
-    """Have a compressed model save and push with a card."""
-    if not hasattr(type(model), "sqf_native"):
-        model.__class__ = _with_card(type(model))  # type: ignore[arg-type]  # as above
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Undo :func:`attach`."""
-    model.__class__ = getattr(type(model), "sqf_native", type(model))
-
-
-COMPANIONS[__name__] = attach, detach
+MIXINS.insert(0, SavesWithCard)

@@ -19,6 +19,7 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .sqf_model import adopt, release
 from .sqf_quantizer import COMPANIONS, register
 
 ATTRIBUTE = "AutoConfig"
@@ -53,11 +54,13 @@ def _travelling(native: type[PretrainedConfig]) -> type[PretrainedConfig]:
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Make all that is saved of a compressed model bring the code that loads it.
+    """Make all that is saved of a compressed model bring the code that loads it, and tag it.
 
     Configs that are not transformers' own stay: their ``auto_map`` names other code, and the model loads where
     hf_sqf is installed.
     """
+    adopt(model)
+    model.add_model_tags("sqf")
     config = model.config
     native = getattr(type(config), "sqf_native", type(config))  # where another copy of this file has been before
     if getattr(transformers, native.__name__, None) is native:
@@ -66,6 +69,8 @@ def attach(model: PreTrainedModel) -> None:
 
 def detach(model: PreTrainedModel) -> None:
     """Undo :func:`attach`, for a model that is no longer compressed."""
+    release(model)
+    model.model_tags = [tag for tag in model.model_tags or [] if tag != "sqf"] or None
     config = model.config
     native = getattr(type(config), "sqf_native", None)
     if native is not None:

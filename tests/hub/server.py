@@ -171,9 +171,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.writable(repo):
             objects = []
             for o in json.loads(self.body)["objects"]:
-                here = o["oid"] in self.hub.objects
-                actions = {} if here else {"upload": {"href": f"{self.hub.url}/objects/{o['oid']}"}}
-                objects.append({**o, "actions": actions})
+                upload = {"actions": {"upload": {"href": f"{self.hub.url}/objects/{o['oid']}"}}}
+                objects.append(o if o["oid"] in self.hub.objects else o | upload)
             self.reply(200, {"transfer": "basic", "objects": objects})
 
     def put(self, sha256: str) -> None:
