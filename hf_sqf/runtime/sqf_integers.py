@@ -1,0 +1,251 @@
+"""A matrix of small integers with a step per column and a factor per row, in few bits, ready to be multiplied.
+
+    W = diag(rows) . Z . diag(steps)
+
+Z lies in memory as a dense part of 4, 8, 16 or 32 bits and, where a few codes do not fit it, their excess as a sparse
+remainder; or as a sparse matrix alone. The compiled kernels of :mod:`sqf_kernels` multiply it as it lies; where there
+are none, and for many rows of input, some rows of W at a time are decoded and multiplied by torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .sqf_jit import HAVE_NUMBA
+from .sqf_kernels import BFLOAT16, FLOAT32, INT4, INT8, INT16, LARGEST_INT4, NONE, SLACK, Kernels, kernels
+
+INT32 = 32
+_DTYPES = {INT4: torch.int8, INT8: torch.int8, INT16: torch.int16, INT32: torch.int32}
+_RANGES = {INT4: LARGEST_INT4, INT8: 127, INT16: 32767}
+_REMAINDER = {INT4: 0.025, INT8: 0.01}
+"""Share of codes that may go to the remainder, at four bytes each."""
+_SPARSE = 0.04
+"""Share of nonzeros up to which a sparse product is the faster one."""
+FEW = {NONE: 8, INT4: 16, INT8: 32, INT16: 16, INT32: 0}
+"""Rows of input up to which multiplying the codes is faster than decoding them; recipes/speed.py measures it."""
+_TILE = 1 << 18
+"""Decoded entries that stay in a processor's own cache until they are multiplied."""
+_THREAD_WORK = 1 << 16
+"""Products that are worth a thread: waking one costs some microseconds."""
+_COMPILED = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+
+
+def kind_for(codes: Tensor, smallest: int, columns: int, sparse: bool = False) -> int:
+    """Return the storage for integer codes (m, n), of no fewer than ``smallest`` bits.
+
+    Args:
+        codes: (m, n).
+        smallest: INT4 or INT8.
+        columns: n of the matrix as it will be multiplied.
+        sparse: prefer the smaller of sparse and dense storage to the faster.
+    """
+    indexed = columns <= 1 << 16
+    largest = int(codes.abs().max()) if codes.numel() else 0
+    nonzeros = int(torch.count_nonzero(codes))
+    for kind in (INT4, INT8, INT16):
+        if kind < smallest:
+            continue
+        outside = 0 if largest <= _RANGES[kind] else int((codes.abs() > _RANGES[kind]).sum())
+        if not outside or (indexed and largest <= 32767 and outside <= _REMAINDER.get(kind, 0.0) * codes.numel()):
+            break
+    else:
+        kind = INT32
+    limit = kind / 32 if sparse else _SPARSE
+    return NONE if indexed and largest <= 32767 and nonzeros < limit * codes.numel() else kind
+
+
+def store(codes: Tensor, kind: int) -> dict[str, Tensor]:
+    """Return the arrays of integer codes (m, n) in a storage that :func:`kind_for` gave: see :class:`Integers`."""
+    m, n = codes.shape
+    arrays, excess = {}, codes
+    if kind != NONE:
+        bound = _RANGES.get(kind)
+        inside = codes if bound is None else codes.clamp(-bound, bound)
+        excess = codes - inside
+        if kind == INT4:
+            half = (n + 1) // 2
+            low, high = inside[:, :half].int(), torch.zeros(m, half, dtype=torch.int32, device=codes.device)
+            high[:, : n - half] = inside[:, half:]
+            inside = 16 * high + low
+        flat = inside.to(_DTYPES[kind]).reshape(-1)
+        arrays["codes"] = torch.cat([flat, flat.new_zeros(SLACK // flat.element_size())])
+    if kind == NONE or bool(excess.any()):
+        row, column = torch.nonzero(excess, as_tuple=True)
+        counts = torch.bincount(row, minlength=m)
+        arrays["starts"] = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+        arrays["columns"] = column.to(torch.int32).to(torch.uint16)
+        arrays["values"] = excess[row, column].to(torch.int16)
+    return arrays
+
+
+def check_ids(ids: Tensor, count: int) -> None:
+    """Raise IndexError unless all ``ids`` are in [0, count)."""
+    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < count):
+        raise IndexError(f"index out of range: {int(ids.min())}..{int(ids.max())} of {count} rows")
+
+
+class Integers:
+    """The matrix.
+
+    Attributes:
+        shape: (m, n).
+        kind: storage of the dense part.
+        arrays: ``codes``, of the kind's dtype, (m . n, or bytes of two codes for 4 bits: m . ceil(n / 2), the column k
+            low and the column k + ceil(n / 2) high), with SLACK bytes behind it; and where there is a remainder
+            ``starts`` int32 (m + 1), ``columns`` uint16 and ``values`` int16.
+        steps: float32 (n,).
+        rows: float32 (m,).
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], kind: int, arrays: dict[str, Tensor], steps: Tensor, rows: Tensor
+    ) -> None:
+        self.shape, self.kind, self.arrays = shape, kind, arrays
+        self.steps = steps.float().expand(shape[1]).contiguous()
+        self.rows = rows.float().expand(shape[0]).contiguous()
+        self.device = self.rows.device
+        self.few = FEW[kind]
+        compiled = HAVE_NUMBA and self.device.type == "cpu" and kind != INT32 and shape[0] > 0 and shape[1] > 0
+        self._kernels: Kernels | None = kernels() if compiled else None
+        if self._kernels is not None:
+            at = [arrays[name].data_ptr() if name in arrays else 0 for name in ("starts", "columns", "values")]
+            first = arrays["codes"].data_ptr() if "codes" in arrays else 0
+            fields = [first, kind, *shape, self.steps.data_ptr(), self.rows.data_ptr(), *at]
+            self._descriptor = np.array(fields, np.int64)
+            self._address = self._descriptor.ctypes.data
+
+    def codes(self) -> Tensor:
+        """Return Z, (m, n), in the narrowest dtype that holds it."""
+        m, n = self.shape
+        codes = self._dense_part(slice(None))
+        if "starts" in self.arrays:
+            codes = codes.to(torch.int16)
+            counts = self.arrays["starts"].diff().long()
+            row = torch.repeat_interleave(torch.arange(m, device=self.device), counts)
+            codes[row, self.arrays["columns"].long()] += self.arrays["values"]
+            low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
+            codes = codes.to(torch.int8) if -128 <= low and high <= 127 else codes
+        return codes
+
+    def _dense_part(self, ids: Tensor | slice) -> Tensor:
+        n = self.shape[1]
+        if self.kind == NONE:
+            count = self.rows[ids].numel()
+            return torch.zeros(count, n, dtype=torch.int8, device=self.device)
+        width = (n + 1) // 2 if self.kind == INT4 else n
+        stored = self.arrays["codes"][: self.shape[0] * width].view(self.shape[0], width)[ids]
+        if self.kind != INT4:
+            return stored
+        low = ((stored & 15) ^ 8) - 8
+        high = torch.bitwise_right_shift(stored - low, 4)
+        return torch.cat([low, high[:, : n - width]], 1)
+
+    def threads(self, batch: int) -> int:
+        """Return how many threads a product with ``batch`` rows is worth."""
+        return min(torch.get_num_threads(), 1 + batch * self.shape[0] * self.shape[1] // _THREAD_WORK)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """Return x . W^T + bias, x (batch, n) to (batch, m), without decoding W; None where that is not the way.
+
+        Args:
+            x: contiguous.
+            bias: float32 (m,).
+        """
+        batch = x.shape[0]
+        dtype = _COMPILED.get(x.dtype)
+        compiled = self._kernels
+        if compiled is None or not 0 < batch <= self.few:
+            return None
+        if dtype is None:
+            y = self.multiply(x.float(), bias) if x.dtype == torch.float16 else None
+            return None if y is None else y.to(x.dtype)
+        y = x.new_empty((batch, self.shape[0]))
+        compiled.multiply(
+            self._address,
+            x.data_ptr(),
+            y.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            batch,
+            dtype,
+            self.threads(batch),
+            compiled.gomp,
+            compiled.worker,
+        )
+        return y
+
+    def decode(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Return the rows first..last of W, (last - first, n)."""
+        if self._kernels is not None and dtype in _COMPILED:
+            return self._decode(0, first, last - first, dtype)
+        return self._torch_rows(torch.arange(first, last, device=self.device), dtype)
+
+    def all(self) -> Tensor:
+        """Return W, (m, n), in float32."""
+        return self.decode(0, self.shape[0], torch.float32)
+
+    def pick(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the rows of W with the int64 indices ``ids`` (1-D), as (len(ids), n).
+
+        Raises:
+            IndexError: an index is out of range.
+        """
+        check_ids(ids, self.shape[0])
+        if self._kernels is not None and dtype in _COMPILED:
+            ids = ids.contiguous()
+            return self._decode(ids.data_ptr(), 0, ids.numel(), dtype)
+        return self._torch_rows(ids, dtype)
+
+    def _torch_rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        codes = self._dense_part(ids).float()
+        if "starts" in self.arrays:
+            starts = self.arrays["starts"].long()
+            first, counts = starts[ids], starts[ids + 1] - starts[ids]
+            row = torch.repeat_interleave(counts)
+            entry = first[row] + torch.arange(row.numel(), device=self.device) - (counts.cumsum(0) - counts)[row]
+            codes[row, self.arrays["columns"].long()[entry]] += self.arrays["values"][entry].float()
+        return (codes * self.steps * self.rows[ids, None]).to(dtype)
+
+    def _decode(self, ids: int, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        compiled = self._kernels
+        assert compiled is not None
+        rows = torch.empty((count, self.shape[1]), dtype=dtype)
+        threads = min(torch.get_num_threads(), 1 + rows.numel() // _THREAD_WORK)
+        compiled.decode(
+            self._address, ids, first, count, rows.data_ptr(), _COMPILED[dtype], threads, compiled.gomp, compiled.worker
+        )
+        return rows
+
+
+def in_tiles(
+    shape: tuple[int, int], decode: Callable[[int, int], Tensor], x: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Return x . W^T + bias for W (m, n) that ``decode(first, last)`` gives row by row, some rows at a time."""
+    m, n = shape
+    step = max(64, _TILE // max(n, 1))
+    if m <= step:
+        whole = decode(0, m)
+        return torch.mm(x, whole.T) if bias is None else torch.addmm(bias.to(x.dtype), x, whole.T)
+    y = x.new_empty((x.shape[0], m))
+    for first in range(0, m, step):
+        last = min(first + step, m)
+        part = y[:, first:last]
+        if bias is None:
+            torch.mm(x, decode(first, last).T, out=part)
+        else:
+            torch.addmm(bias[first:last].to(x.dtype), x, decode(first, last).T, out=part)
+    return y
+
+
+def transposed_in_tiles(shape: tuple[int, int], decode: Callable[[int, int], Tensor], y: Tensor) -> Tensor:
+    """Return y . W, (batch, m) to (batch, n), for W as in :func:`in_tiles`; sums of tiles are taken in float32."""
+    m, n = shape
+    step = max(64, _TILE // max(n, 1))
+    x = torch.zeros((y.shape[0], n), dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
+    for first in range(0, m, step):
+        last = min(first + step, m)
+        x += torch.mm(y[:, first:last], decode(first, last))
+    return x.to(y.dtype)

@@ -1,0 +1,222 @@
+"""What compiled kernels need below numba: addresses, an atomic counter, a fork to OpenMP, vectors of fixed width.
+
+numba vectorises a loop as it sees fit, at half the width of the registers and without the byte products that some
+processors have; the inner products of :mod:`sqf_kernels` are written here for LLVM instead. On processors with
+narrower registers LLVM splits the vectors.
+
+A kernel's compiled form is cached under the file that it stands in, ``sqf_kernels.py``: after a change here, change
+``REVISION`` there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .sqf_jit import HAVE_NUMBA
+
+try:
+    from llvmlite import binding, ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+except ImportError:  # the factories below then return None, and nothing is called
+    FEATURES: dict[str, bool] = {}
+else:
+    FEATURES = dict(binding.get_host_cpu_features())
+
+NONE, INT4, INT8, INT16 = 0, 4, 8, 16
+"""Storage of a matrix's dense part."""
+LANES = 16 if FEATURES.get("avx512f") else 8
+"""Floats in a vector."""
+TILE = 4 if FEATURES.get("avx512f") else 2
+"""Rows of codes that are multiplied together."""
+BYTE_PRODUCTS = bool(FEATURES.get("avx512vnni") and FEATURES.get("avx512bw"))
+"""Whether the processor has :func:`byte_dots`."""
+
+
+def address_as(name: str) -> Any:  # noqa: ANN401
+    """Return a function from an address to a pointer to ``name`` (int8, float32, ...)."""
+    if not HAVE_NUMBA:
+        return None
+
+    @intrinsic
+    def pointer(typingctx: Any, address: Any) -> Any:  # noqa: ANN401
+        result = types.CPointer(getattr(types, name))
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+            return builder.inttoptr(args[0], context.get_value_type(result))
+
+        return result(types.int64), generate
+
+    return pointer
+
+
+def fetch_add() -> Any:  # noqa: ANN401
+    """Return an atomic ``*address += amount`` that answers with the value before."""
+    if not HAVE_NUMBA:
+        return None
+
+    @intrinsic
+    def add(typingctx: Any, address: Any, amount: Any) -> Any:  # noqa: ANN401
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+            word = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+            return builder.atomic_rmw("add", word, args[1], "monotonic")
+
+        return types.int64(types.int64, types.int64), generate
+
+    return add
+
+
+def parallel() -> Any:  # noqa: ANN401
+    """Return a call of OpenMP's ``GOMP_parallel(function, data, threads, 0)``, all by their addresses."""
+    if not HAVE_NUMBA:
+        return None
+
+    @intrinsic
+    def fork(typingctx: Any, gomp: Any, function: Any, data: Any, threads: Any) -> Any:  # noqa: ANN401
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+            word, count = ir.IntType(64), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [word, word, count, count])
+            entry = builder.inttoptr(args[0], kind.as_pointer())
+            builder.call(entry, [args[1], args[2], builder.trunc(args[3], count), count(0)])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+    return fork
+
+
+def _dots(emit: Callable[..., None]) -> Any:  # noqa: ANN401
+    """Return a function of seven integers whose code ``emit(builder, *args)`` writes."""
+    if not HAVE_NUMBA:
+        return None
+
+    @intrinsic
+    def dots(typingctx: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> Any:  # noqa: ANN401
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+            emit(builder, *args)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return dots
+
+
+def _load(builder: Any, kind: Any, address: Any) -> Any:  # noqa: ANN401
+    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    value.align = 1
+    return value
+
+
+def _store_sums(builder: Any, add: Any, vectors: list[Any], lanes: int, out: Any) -> None:  # noqa: ANN401
+    """Store the sum over the lanes of each vector, one after another from the address ``out`` on.
+
+    As many vectors as there are lanes are summed together: two vectors of groups of partial sums become one with
+    groups twice as long, so that no shuffle's lane is idle. Writes whole vectors.
+    """
+    for start in range(0, len(vectors), lanes):
+        level: list[Any] = vectors[start : start + lanes]
+        level += [None] * (lanes - len(level))
+        group = 1
+        while len(level) > 1:
+            level = [_joined(builder, add, *level[i : i + 2], lanes, group) for i in range(0, len(level), 2)]
+            group *= 2
+        at = builder.add(out, ir.IntType(64)(4 * start))
+        builder.store(level[0], builder.inttoptr(at, level[0].type.as_pointer())).align = 4
+
+
+def _joined(builder: Any, add: Any, first: Any, second: Any, lanes: int, group: int) -> Any:  # noqa: ANN401
+    if first is None:
+        return None
+    second = first if second is None else second
+    kind = ir.VectorType(ir.IntType(32), lanes)
+    even = [x + k for j in range(0, lanes, 2 * group) for x in (j, j + lanes) for k in range(group)]
+    odd = [lane + group for lane in even]
+    return add(*(builder.shuffle_vector(first, second, ir.Constant(kind, mask)) for mask in (even, odd)))
+
+
+def float_dots(kind: int, rows: int, batch: int) -> Any:  # noqa: ANN401
+    """Return the dot products of ``rows`` rows of codes with ``batch`` rows of floats, float32 (rows, batch).
+
+    4-bit codes: a byte ``16 h + l`` times ``x_h / 16``, and its low half, ``byte << 28 = 2^28 l``, times
+    ``(x_l - x_h / 16) / 2^28``, make ``h x_h + l x_l`` with no masking; the second factors lie ``plane`` bytes behind
+    the first.
+    """
+
+    def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
+        word, single = ir.IntType(64), ir.FloatType()
+        floats, integers = ir.VectorType(single, LANES), ir.VectorType(ir.IntType(32), LANES)
+        size = 2 if kind == INT16 else 1
+        codes = ir.VectorType(ir.IntType(8 * size), LANES)
+        zero = ir.Constant(floats, [0.0] * LANES)
+        sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(batch)] for _ in range(rows)]
+
+        def accumulate(r: int, factor: Any, inputs: list[Any]) -> None:  # noqa: ANN401
+            value = builder.sitofp(factor, floats)
+            for b, x in enumerate(inputs):
+                product = builder.fmul(value, x, flags=("contract",))
+                builder.store(builder.fadd(builder.load(sums[r][b]), product, flags=("contract",)), sums[r][b])
+
+        z_rows = [builder.add(z, builder.mul(z_stride, word(r))) for r in range(rows)]
+        x_rows = [builder.add(x, builder.mul(x_stride, word(b))) for b in range(batch)]
+        with cgutils.for_range(builder, count) as loop:
+            z_at = builder.mul(loop.index, word(LANES * size))
+            x_at = builder.mul(loop.index, word(LANES * 4))
+            first = [_load(builder, floats, builder.add(row, x_at)) for row in x_rows]
+            if kind == INT4:
+                second = [_load(builder, floats, builder.add(builder.add(row, plane), x_at)) for row in x_rows]
+            for r in range(rows):
+                code = builder.sext(_load(builder, codes, builder.add(z_rows[r], z_at)), integers)
+                accumulate(r, code, first)
+                if kind == INT4:
+                    accumulate(r, builder.shl(code, ir.Constant(integers, [28] * LANES)), second)
+        found = [builder.load(cell) for row in sums for cell in row]
+        _store_sums(builder, builder.fadd, found, LANES, out)
+
+    return _dots(emit)
+
+
+def byte_dots(kind: int, rows: int, batch: int) -> Any:  # noqa: ANN401
+    """Return the dot products of ``rows`` rows of codes, made unsigned by 8 or 128, with ``batch`` rows of integers.
+
+    The integers come as three planes of signed digits to the base 256, least first, and for 4-bit codes as three more
+    for the columns of the high halves; ``plane`` is the planes' distance. Results: int32 (rows, batch, 3 digits), exact.
+    """
+
+    def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
+        word = ir.IntType(64)
+        quads, octets = ir.VectorType(ir.IntType(32), 16), ir.VectorType(ir.IntType(8), 64)
+        product = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(quads, [quads, octets, octets]), "llvm.x86.avx512.vpdpbusd.512"
+        )
+        zero = ir.Constant(quads, [0] * 16)
+        sums = [
+            [[cgutils.alloca_once_value(builder, zero) for _ in range(3)] for _ in range(batch)] for _ in range(rows)
+        ]
+
+        def every(byte: int) -> Any:  # noqa: ANN401
+            return ir.Constant(octets, [byte] * 64)
+
+        z_rows = [builder.add(z, builder.mul(z_stride, word(r))) for r in range(rows)]
+        x_rows = [builder.add(x, builder.mul(x_stride, word(b))) for b in range(batch)]
+        with cgutils.for_range(builder, count) as loop:
+            at = builder.mul(loop.index, word(64))
+            for half in range(2 if kind == INT4 else 1):
+                for r in range(rows):
+                    code = _load(builder, octets, builder.add(z_rows[r], at))
+                    if kind == INT4:
+                        code = builder.add(code, every(-0x78))  # 16 (h + 8) + l + 8
+                        code = builder.lshr(code, every(4)) if half else builder.and_(code, every(15))
+                    else:
+                        code = builder.xor(code, every(-0x80))
+                    for b in range(batch):
+                        for digit in range(3):
+                            offset = builder.add(builder.mul(plane, word(3 * half + digit)), at)
+                            digits = _load(builder, octets, builder.add(x_rows[b], offset))
+                            cell = sums[r][b][digit]
+                            builder.store(builder.call(product, [builder.load(cell), code, digits]), cell)
+        found = [builder.load(cell) for row in sums for cells in row for cell in cells]
+        _store_sums(builder, builder.add, found, 16, out)
+
+    return _dots(emit)

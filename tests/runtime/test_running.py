@@ -1,0 +1,193 @@
+"""Every structure, laid out in every way, multiplies as its dense matrix does."""
+
+import math
+
+import pytest
+import torch
+
+from hf_sqf.runtime import sqf_integers, sqf_kernels
+from hf_sqf.runtime.sqf_container import pack
+from hf_sqf.runtime.sqf_factors import Factors, Term
+from hf_sqf.runtime.sqf_integers import Integers, kind_for, store
+from hf_sqf.runtime.sqf_kernels import INT4, INT8, INT16, NONE
+from hf_sqf.runtime.sqf_resident import is_resident, lay_out, resident_factors, resident_matrices
+
+STRUCTURES = ["grid", "wide grid", "svd", "sparse_pca", "vq", "padded vq", "scaled vq", "pgd", "scaled pgd", "svd+grid"]
+SHAPES = [(1, 1), (5, 7), (64, 96), (130, 67), (257, 320)]
+
+
+def integers(generator: torch.Generator, shape: tuple[int, ...], spread: float, limit: int = 127) -> torch.Tensor:
+    values = torch.randn(shape, generator=generator) * spread
+    return values.round().clamp(-limit, limit).to(torch.int8 if limit < 128 else torch.int16)
+
+
+def scales(generator: torch.Generator, count: int) -> torch.Tensor:
+    return torch.randint(-12, 13, (count,), generator=generator, dtype=torch.int32)
+
+
+def make(structure: str, shape: tuple[int, int], seed: int = 0) -> Factors:
+    """Random factors of a structure."""
+    g = torch.Generator().manual_seed(seed)
+    m, n = shape
+
+    def term(kind: str) -> Term:
+        if kind.endswith("grid"):
+            codes = integers(g, shape, 2.0)
+            if kind == "wide grid":
+                codes = integers(g, shape, 300.0, 30000)
+            return Term(codes, -9000, scales(g, n), scales(g, m))
+        width = n
+        if kind in ("vq", "pgd", "scaled vq", "scaled pgd"):
+            width = max(1, n // 4)
+        if kind == "padded vq":
+            width = max(1, (n + 2) // 3)
+        blocks = math.ceil(n / width)
+        count = max(1, min(m, n) // 6) if kind == "svd" else 16
+        atoms, steps = integers(g, (count, width), 30.0), scales(g, count) // 4
+        rows = scales(g, m * blocks) if kind.startswith(("scaled", "svd")) else scales(g, 1)
+        if kind.endswith("vq"):
+            codes = torch.randint(0, count, (m * blocks,), generator=g)
+        else:
+            codes = integers(g, (m * blocks, count), 5.0)
+            if kind != "svd":
+                codes *= torch.rand(codes.shape, generator=g) < 0.2
+        return Term(codes, -20000, steps, rows, atoms, step_resolution=1, one_hot=kind.endswith("vq"))
+
+    return Factors(shape, structure.split()[-1], tuple(term(kind) for kind in structure.split("+")))
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    expected = expected.double()
+    return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"])
+def compiled(request, monkeypatch) -> bool:
+    if not request.param:
+        monkeypatch.setattr(sqf_integers, "HAVE_NUMBA", False)
+        monkeypatch.setattr("hf_sqf.runtime.sqf_running.HAVE_NUMBA", False)
+    return request.param
+
+
+@pytest.mark.parametrize("backend", ["int4", "int8"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_products_are_those_of_the_dense_matrix(structure, shape, backend, compiled):
+    factors = make(structure, shape)
+    (matrix,) = resident_matrices(lay_out([factors], backend))
+    weight = factors.dense()
+    m, n = shape
+    bias = torch.randn(m)
+    for batch in (0, 1, 2, 3, 4, 7, 40):
+        x = torch.randn(batch, n)
+        expected = x.double() @ weight.double().T + bias.double()
+        assert relative(matrix.multiply(x, bias), expected) < 1e-5
+        y = torch.randn(batch, m)
+        assert relative(matrix.multiply_transposed(y), y.double() @ weight.double()) < 1e-5
+    assert relative(matrix.decode(0, m, torch.float32), weight) < 1e-6
+    ids = torch.randint(0, m, (5,))
+    assert relative(matrix.pick(ids, torch.float32), weight[ids]) < 1e-6
+    assert matrix.pick(ids[:0], torch.float32).shape == (0, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_dtypes(structure, dtype, compiled):
+    """Within the rounding of inputs and outputs of that dtype: sums are taken in float32."""
+    factors = make(structure, (64, 96))
+    weight = factors.dense().double()
+    (matrix,) = resident_matrices(lay_out([factors], "int8"))
+    tolerance = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float64: 1e-5}[dtype]
+    for batch in (1, 3, 40):
+        x = torch.randn(batch, 96).to(dtype)
+        y = matrix.multiply(x)
+        assert y.dtype == dtype
+        assert relative(y, x.double() @ weight.T) < tolerance
+        assert matrix.pick(torch.arange(3), dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("backend", ["int4", "int8"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_layout_gives_the_packed_bytes_back(structure, backend):
+    stack = [make(structure, (33, 50), seed) for seed in range(3)]
+    data = lay_out(stack, backend)
+    assert is_resident(data) and not is_resident(pack(stack))
+    assert torch.equal(pack(resident_factors(data)), pack(stack))
+    with pytest.raises((ValueError, RuntimeError)):
+        resident_factors(data[: data.numel() // 2])
+
+
+def test_decoding_is_bit_for_bit_that_of_the_factors():
+    for structure in ("grid", "wide grid"):
+        factors = make(structure, (257, 320))
+        (matrix,) = resident_matrices(lay_out([factors], "int4"))
+        assert torch.equal(matrix.decode(0, 257, torch.float32), factors.dense())
+        assert torch.equal(matrix.decode(0, 257, torch.bfloat16), factors.dense(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", [NONE, INT4, INT8, INT16])
+@pytest.mark.parametrize("n", [1, 15, 64, 65, 200])
+def test_storage(kind, n, compiled):
+    """All storages hold all codes, whatever their remainder, and any number of threads multiplies them alike."""
+    codes = integers(torch.Generator().manual_seed(n), (77, n), 40.0, 3000)
+    codes[:, ::3] //= 40
+    codes[0, 0] = 3000
+    matrix = Integers((77, n), kind, store(codes, kind), torch.rand(n) + 0.5, torch.rand(77) + 0.5)
+    assert torch.equal(matrix.codes().int(), codes.int())
+    expected = codes.double() * matrix.steps.double() * matrix.rows.double()[:, None]
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, n)
+        y = matrix.multiply(x)
+        assert (y is not None) == compiled
+        if y is not None:
+            assert relative(y, x.double() @ expected.T) < 1e-5
+            matrix.threads = lambda batch: 2
+            assert torch.equal(matrix.multiply(x), y)
+
+
+@pytest.mark.skipif(not sqf_kernels.HAVE_NUMBA, reason="compiled kernels")
+@pytest.mark.parametrize("kind", [INT4, INT8])
+def test_inputs_without_a_fixed_point(kind):
+    """Infinities and NaN reach the rows of output that they belong to, and no other; tiny inputs count too."""
+    codes = integers(torch.Generator().manual_seed(0), (30, 50), 2.0, 7)
+    matrix = Integers((30, 50), kind, store(codes, kind), torch.ones(1), torch.ones(1))
+    x = torch.randn(3, 50)
+    clean = matrix.multiply(x)
+    for bad in (math.inf, math.nan):
+        x[1, 7] = bad
+        y = matrix.multiply(x)
+        assert not y[1].isfinite().any() or bad == math.inf
+        assert torch.allclose(y[[0, 2]], clean[[0, 2]], rtol=1e-5, atol=1e-5)
+        assert not y[1].isfinite().all()
+    for size in (1e-30, 1e-36, 0.0):
+        x = torch.randn(1, 50) * size
+        assert relative(matrix.multiply(x), x.double() @ codes.double().T) < 1e-5
+
+
+def test_few_codes_decide_the_storage():
+    small = torch.zeros(100, 100, dtype=torch.int8).random_(-7, 8)
+    assert kind_for(small, INT4, 100) == INT4
+    assert kind_for(small, INT8, 100) == INT8
+    small[0, :50] = 20
+    assert kind_for(small, INT4, 100) == INT4
+    small[:5] = 20
+    assert kind_for(small, INT4, 100) == INT8
+    assert kind_for(small.short() * 30, INT8, 100) == INT16
+    assert kind_for(small.int() * 30000, INT8, 100) == sqf_integers.INT32
+    assert kind_for(torch.eye(100).char(), INT4, 100) == NONE
+    assert kind_for(torch.eye(100).char(), INT4, 1 << 17) == INT4
+
+
+def test_memory_of_layouts():
+    factors = make("grid", (1000, 1000))
+    assert lay_out([factors], "int8").numel() < 1.01 * 1e6
+    assert lay_out([factors], "int4").numel() < 0.53 * 1e6
+    assert lay_out([make("vq", (1000, 1000))], "int8").numel() < 0.01 * 1e6
+
+
+def test_lookup_checks_its_indices():
+    for structure in ("grid", "vq", "svd"):
+        (matrix,) = resident_matrices(lay_out([make(structure, (20, 30))], "int8"))
+        for bad in (-1, 20):
+            with pytest.raises(IndexError, match="20 rows|of 80 rows"):
+                matrix.pick(torch.tensor([0, bad]), torch.float32)
