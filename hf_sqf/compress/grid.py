@@ -8,6 +8,7 @@ go together, their rounding errors cancel (:mod:`.rounding`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from .solution import Solution
 
 RESOLUTION = 16
 """Divisions of an octave in steps and rows."""
+_BLOCK = 1 << 20  # entries that are dealt with at a time: rows do not touch, and memory stays small
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,8 @@ def grid_scales(metric: Metric, step: float) -> Scales:
 
 def narrow(codes: Tensor) -> Tensor:
     """Return integers in the narrowest of int8, int16 and int32 that holds them."""
-    largest = float(codes.abs().max()) if codes.numel() else 0.0
+    low, high = torch.aminmax(codes) if codes.numel() else (torch.zeros(()), torch.zeros(()))
+    largest = max(-float(low), float(high))
     if largest >= 2.0**31:
         raise ValueError(f"noise step too small: a code of {largest:.3g} does not fit 32 bits")
     return codes.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)
@@ -82,14 +85,40 @@ def solve_grid(weight: Tensor, metric: Metric, step: float, sparse: bool = False
             common with the codes.
     """
     scales = grid_scales(metric, step)
-    units = scales.step_values(), scales.row_values()
     if sparse:
+        units = scales.step_values(), scales.row_values()
         targets = weight.float() / (units[0] * units[1][:, None])
         rounder = outside(dead_zone(targets))
         codes = rounder(targets, 0) if metric.H is None else round_in_metric(weight, *units, metric.cholesky(), rounder)
     else:
-        codes = round_in_metric(weight, *units, None if metric.H is None else metric.cholesky())
+        codes = _round_to_nearest(weight, metric, scales)
     term = scales.term(codes)
     factors = Factors((weight.shape[0], weight.shape[1]), "pgd" if sparse else "grid", (term,))
-    distortion = metric.distance(weight, factors.dense())
+    distortion = _distance(weight, term, metric)
     return Solution(factors, distortion, term_bits(term), trace=(distortion,), start="identity")
+
+
+def _row_blocks(weight: Tensor) -> Iterator[slice]:
+    size = max(1, _BLOCK // max(weight.shape[1], 1))
+    for first in range(0, weight.shape[0], size):
+        yield slice(first, first + size)
+
+
+def _of_rows(values: Tensor, rows: slice) -> Tensor:
+    return values if values.numel() == 1 else values[rows]
+
+
+def _round_to_nearest(weight: Tensor, metric: Metric, scales: Scales) -> Tensor:
+    steps, rows = scales.step_values(), scales.row_values()
+    lower = None if metric.H is None else metric.cholesky()
+    return torch.cat(
+        [narrow(round_in_metric(weight[some], steps, _of_rows(rows, some), lower)) for some in _row_blocks(weight)]
+    )
+
+
+def _distance(weight: Tensor, term: Term, metric: Metric) -> float:
+    total = 0.0
+    for some in _row_blocks(weight):
+        part = Metric(metric.H, None if metric.g is None else _of_rows(metric.g, some))
+        total += part.distance(weight[some], term.dense(some))
+    return total

@@ -23,7 +23,7 @@ DAMPING = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """What is added to H's diagonal, relative to its mean; the first that leaves every pivot above FLOOR is taken."""
 FLOOR = 1e-7
 """Least squared pivot L_jj^2 of the Cholesky factor, relative to the mean of H's diagonal."""
-_CHUNK = 1 << 22  # entries of a weight that are widened to float64 at a time
+_CHUNK = 1 << 20  # entries of a weight that are widened to float64 at a time
 
 
 @dataclass(frozen=True, eq=False)
