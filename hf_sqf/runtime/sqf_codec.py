@@ -19,26 +19,18 @@ from .sqf_fit import Plan, Sample, fit
 from .sqf_jit import HAVE_NUMBA
 from .sqf_models import CLASSES, INTEGERS, Q0, Q1, SHAPES, Model, frequencies
 from .sqf_paths import points_of_codes
-from .sqf_rans import Contexts, encode
-from .sqf_symbols import Split, chunk_rows, chunks, escape, join, splits
-from .sqf_trellis import Machine, machine
+from .sqf_rans import Contexts, Stream, encode
+from .sqf_streams import SYMBOLS_PER_BYTE, lanes_for, read_sizes, read_stream, write_sizes, write_stream
+from .sqf_symbols import Split, chunk_rows, chunks, escape, escaped_values, escapes_of, splits
+from .sqf_trellis import machine
 
 __all__ = ["chunk_rows", "contexts_of", "decode_integers", "encode_integers", "ideal_bits"]
 
-SYMBOLS_PER_BYTE = 11_400
-"""No stream holds more symbols to a byte: the likeliest has a probability of 4094 / 4096."""
-_LANE_BITS = 6144  # bits of a stream for each lane, whose state wastes 24: 0.4 %
-_MOST_LANES = 4096
 _CONSTANT_LIMIT = 1 << 16  # the most equal values that are written as one
 _FAR = 1 << 20  # beyond what a part of a class can make use of
 _WIDTHS: tuple[np.dtype[Any], ...] = (np.dtype(np.int8), np.dtype(np.int16), np.dtype(np.int32))
 _LIMITS = tuple((-(1 << 8 * w.itemsize - 1), (1 << 8 * w.itemsize - 1) - 1) for w in _WIDTHS)
 _CONSTANT, _OFFSET, _SHIFT, _ROWS, _COLS, _ESCAPES = 3, 4, 8, 16, 32, 64  # the bits of an array's first byte
-
-
-def lanes_for(bits: float, most: int = _MOST_LANES) -> int:
-    """Return the number of lanes for a stream of about ``bits`` bits: as many as cost little."""
-    return max(1, min(most, _MOST_LANES, int(bits) // _LANE_BITS))
 
 
 def _prior(prior: np.ndarray | None, count: int) -> np.ndarray:
@@ -177,26 +169,23 @@ def encode_integers(
     parts = []
     for rows in chunks(m, n):
         bits = (plan.bits - split.shift * values.size) * (rows.stop - rows.start) / m
-        lanes = lanes_for(bits, n if trellis else _MOST_LANES)
+        lanes = lanes_for(bits, n if trellis else values.size)
         parts.append(_encode_chunk(split, symbols, rows, contexts, lanes, compiled))
     width = next(i for i, (least, most) in enumerate(_LIMITS) if least <= low and high <= most)
     _write_header(out, width, split, plan, any(part.escapes for part in parts), compiled)
     for part in parts:
-        out.unsigned(len(part.states))
-        out.unsigned(len(part.words))
+        write_sizes(out, part.stream)
         if any(p.escapes for p in parts):
             out.unsigned(part.escapes)
     for part in parts:
-        out.raw(part.states.astype("<u4").tobytes())
-        out.raw(part.words.astype("<u2").tobytes())
+        write_stream(out, part.stream)
         out.raw(bytes(part.planes))
     return bytes(out)
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    states: np.ndarray
-    words: np.ndarray
+    stream: Stream
     escapes: int
     planes: bytes | memoryview  # escaped values, then low bits
 
@@ -207,8 +196,7 @@ def _encode_chunk(
     contexts = contexts.select(rows.start, rows.stop)
     groups = None if split.groups is None else split.groups[rows].reshape(-1)
     part, escaped = escape(symbols[rows].reshape(-1), groups, contexts, compiled)
-    states, words = encode(part, groups, contexts, lanes, compiled)
-    return _Chunk(states, words, len(escaped), split.planes(rows, escaped))
+    return _Chunk(encode(part, groups, contexts, lanes, compiled), len(escaped), split.planes(rows, escaped))
 
 
 def _write_header(out: Writer, width: int, split: Split, plan: Plan, escaped: bool, compiled: bool) -> None:
@@ -277,22 +265,23 @@ def decode_integers(
         raise ValueError("an array uses a feature that this version does not know")
     if m * n == 0 or m * n > reader.left * SYMBOLS_PER_BYTE:
         raise ValueError(f"{reader.left} bytes cannot hold an array of shape {m} x {n}")
-    offset = reader.signed() if flags & _OFFSET else 0
-    shift = reader.byte() if flags & _SHIFT else 0
-    escape_bits = reader.byte() if flags & _ESCAPES else 0
-    if shift > 31 or escape_bits > 34:
+    layout = _Layout(
+        reader.signed() if flags & _OFFSET else 0,
+        reader.byte() if flags & _SHIFT else 0,
+        reader.byte() if flags & _ESCAPES else 0,
+    )
+    if layout.shift > 31 or layout.escape_bits > 34:
         raise ValueError("the header of an array is damaged")
     plan = _read_plan(reader, m, n, flags, len(_grids(trellis)))
-    parts = _read_chunks(reader, (m, n), flags, shift, escape_bits, trellis > 0, slice(start, stop))
+    parts = _read_chunks(reader, (m, n), layout, trellis > 0, slice(start, stop))
     contexts = _contexts(plan, _prior(row_prior, m), _prior(col_prior, n), trellis)
     out = np.empty((stop - start, n), _WIDTHS[flags & 3])
 
     def read(part: tuple[slice, _Chunk]) -> None:
         where, chunk = part
-        codes = _decode_chunk(chunk, contexts.select(where.start, where.stop), shift, escape_bits, backend, device)
         first, last = max(where.start, start), min(where.stop, stop)
-        inside = slice(first - where.start, last - where.start)
-        _store(codes, contexts.machine, offset, inside, out[first - start : last - start])
+        inside, target = slice(first - where.start, last - where.start), out[first - start : last - start]
+        _decode_chunk(chunk, contexts.select(where.start, where.stop), layout, inside, target, backend, device)
 
     if len(parts) > 1 and torch.get_num_threads() > 1:
         with ThreadPoolExecutor(min(len(parts), torch.get_num_threads())) as pool:
@@ -301,6 +290,15 @@ def decode_integers(
         for part in parts:
             read(part)
     return out
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How values are made of symbols and plain bits."""
+
+    offset: int
+    shift: int
+    escape_bits: int
 
 
 def _constant(reader: Reader, flags: int, count: int, shape: tuple[int, int]) -> np.ndarray:
@@ -329,56 +327,68 @@ def _read_plan(reader: Reader, m: int, n: int, flags: int, groups: int) -> Plan:
 
 
 def _read_chunks(
-    reader: Reader, shape: tuple[int, int], flags: int, shift: int, escape_bits: int, machine: bool, wanted: slice
+    reader: Reader, shape: tuple[int, int], layout: _Layout, machine: bool, wanted: slice
 ) -> list[tuple[slice, _Chunk]]:
     """Return the rows and the content of each wanted chunk; every size is checked against the bytes that are there."""
     n, sizes = shape[1], []
     for rows in chunks(*shape):
         count = (rows.stop - rows.start) * n
-        lanes, words = reader.unsigned(count), reader.unsigned(count)
-        escapes = reader.unsigned(count) if flags & _ESCAPES else 0
-        if lanes == 0 or (machine and lanes > n):
-            raise ValueError(f"a chunk has {lanes} lanes for rows of {n}")
-        if count > (4 * lanes + 2 * words) * SYMBOLS_PER_BYTE:
-            raise ValueError(f"a chunk of {count} symbols has only {words} words")
-        sizes.append((rows, lanes, words, escapes, packed_size(escape_bits, escapes) + packed_size(shift, count)))
+        size = read_sizes(reader, count, n if machine else count)
+        escapes = reader.unsigned(count) if layout.escape_bits else 0
+        planes = packed_size(layout.escape_bits, escapes) + packed_size(layout.shift, count)
+        sizes.append((rows, size, escapes, planes))
     parts = []
-    for rows, lanes, words, escapes, planes in sizes:
+    for rows, size, escapes, planes in sizes:
         if rows.start < wanted.stop and rows.stop > wanted.start:
-            states = reader.array("u4", lanes)
-            parts.append((rows, _Chunk(states, reader.array("u2", words), escapes, reader.raw(planes))))
+            parts.append((rows, _Chunk(read_stream(reader, size), escapes, reader.raw(planes))))
         else:
-            reader.raw(4 * lanes + 2 * words + planes)
+            reader.raw(4 * size.lanes + 2 * size.words + planes)
     reader.end()
     return parts
 
 
 def _decode_chunk(
-    chunk: _Chunk, contexts: Contexts, shift: int, escape_bits: int, backend: str, device: torch.device | str
-) -> np.ndarray:
-    """Return the codes k of a chunk (rows, n), int8 where there are only symbols and else int64."""
-    low = parity = None
-    if shift:
-        low = unpack_bits(chunk.planes[packed_size(escape_bits, chunk.escapes) :], shift, contexts.count)
-        parity = (low & 1).astype(np.uint8)
-    symbols = decode(chunk.states, chunk.words, contexts, parity, backend, device)
-    codes = join(symbols, chunk.planes, chunk.escapes, escape_bits, low, shift)
-    return codes.reshape(len(contexts.rows), len(contexts.cols))
-
-
-def _store(codes: np.ndarray, machine: Machine | None, offset: int, inside: slice, target: np.ndarray) -> None:
+    chunk: _Chunk,
+    contexts: Contexts,
+    layout: _Layout,
+    inside: slice,
+    target: np.ndarray,
+    backend: str,
+    device: torch.device | str,
+) -> None:
     """Write the values of the rows ``inside`` of a chunk to ``target``, whose width they must fit."""
-    if machine is not None:
-        # Symbols alone make points of at most 252, so that int16 will do on the way.
-        points: np.ndarray = np.empty(codes.shape, np.int16 if codes.dtype == np.int8 else np.int64)
-        points_of_codes(codes, machine, points)
-        values: np.ndarray = points[inside]
-    elif codes.dtype == np.int8 and offset == 0:
-        target[:] = codes[inside]
+    low = parity = None
+    shape = len(contexts.rows), len(contexts.cols)
+    if layout.shift:
+        planes = chunk.planes[packed_size(layout.escape_bits, chunk.escapes) :]
+        low = unpack_bits(planes, layout.shift, contexts.count)
+        parity = (low & 1).astype(np.uint8)
+    symbols = decode(chunk.stream, contexts, parity, backend, device)
+    where = escapes_of(symbols, chunk.escapes)
+    escaped = escaped_values(chunk.planes, chunk.escapes, layout.escape_bits)
+    if contexts.machine is None and low is None and layout.offset == 0:
+        first = inside.start * shape[1]
+        chosen = (where >= first) & (where < inside.stop * shape[1])
+        _check_width(escaped[chosen], target)
+        target[:] = symbols.reshape(shape)[inside]
+        target.reshape(-1)[where[chosen] - first] = escaped[chosen]
         return
-    else:
-        values = codes[inside].astype(np.int64) + offset
+    codes: np.ndarray = symbols
+    if low is not None or len(where) or contexts.machine is None:
+        codes = symbols.astype(np.int64)
+        codes[where] = escaped
+        codes = codes + layout.offset if low is None else (codes << layout.shift | low) + layout.offset
+    if contexts.machine is not None:
+        # Symbols alone make points of at most 252, so that int16 will do on the way.
+        points = np.empty(shape, np.int16 if codes.dtype == np.int8 else np.int64)
+        points_of_codes(codes.reshape(shape), contexts.machine, points)
+        codes = points
+    values = codes.reshape(shape)[inside]
+    _check_width(values, target)
+    target[:] = values
+
+
+def _check_width(values: np.ndarray, target: np.ndarray) -> None:
     limits = np.iinfo(target.dtype)
     if values.size and not (limits.min <= int(values.min()) and int(values.max()) <= limits.max):
         raise ValueError("a value does not fit the width of its array")
-    target[:] = values

@@ -6,16 +6,29 @@ latter on any device; ``reference`` is the plainest, and the definition of the f
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 
 from .sqf_jit import HAVE_NUMBA, jit
 from .sqf_models import PROBABILITY_BITS, SYMBOLS, TOTAL, slots
-from .sqf_rans import LOWEST, Contexts
+from .sqf_rans import LOWEST, Contexts, Stream, tail_lanes
 
 BACKENDS = ("auto", "numba", "numpy", "torch", "reference")
 """The implementations; "auto" is numba where it is installed, and else numpy."""
 _FEW_LANES = 16  # below this a step of vectors costs more than a scalar loop
+_SLOT = TOTAL - 1
+
+
+class _Decoder(Protocol):
+    """Decodes parts of one array of symbols, in order."""
+
+    def run(self, words: np.ndarray, states: np.ndarray, first: int, last: int) -> int:
+        """Decode the symbols ``first..last`` and update the states; return the words read, -1 if there are too few."""
+
+    def symbols(self) -> np.ndarray:
+        """Return uint8 (m * n,), what has been decoded."""
 
 
 @jit
@@ -26,18 +39,21 @@ def _decode_compiled(
     cols: np.ndarray,
     table: np.ndarray,
     classes: int,
+    first: int,
+    last: int,
     out: np.ndarray,
 ) -> int:
-    """Decode without a state machine; returns the number of words read, or -1 when they do not suffice."""
+    """Decode without a state machine. ``words`` is padded by one word a lane, so that a step need not look."""
     lanes, n = states.size, cols.size
-    at, last = np.uint64(0), np.uint64(words.size)
+    at, end = np.uint64(0), np.uint64(words.size)
     one, none = np.uint64(1), np.uint64(0)
-    lane, t = 0, 0
-    for i in range(rows.size):
-        row, j = rows[i], 0
-        while j < n:
-            length = min(lanes - lane, n - j)
-            if at + np.uint64(length) > last:  # words are padded by one step, so this means too few
+    lane, t, i = 0, first, first // n
+    j = first - i * n
+    while t < last:
+        row = rows[i]
+        while j < n and t < last:
+            length = min(lanes - lane, n - j, last - t)
+            if at + np.uint64(length) > end:
                 return -1
             for k in range(length):
                 x = states[np.uint64(lane + k)]
@@ -57,6 +73,8 @@ def _decode_compiled(
             lane += length
             if lane == lanes:
                 lane = 0
+        i += 1
+        j = 0
     return np.int64(at)
 
 
@@ -68,23 +86,26 @@ def _decode_compiled_machine(
     cols: np.ndarray,
     table: np.ndarray,
     classes: int,
+    first: int,
+    last: int,
+    out: np.ndarray,
     base: np.ndarray,
     step: np.ndarray,
     parity: np.ndarray,
-    out: np.ndarray,
+    column: np.ndarray,
 ) -> int:
-    """The same with a state machine: ``base`` (S,) first class of each state, ``step`` (2 S,) the next states."""
+    """The same with a machine: ``base`` (S,) first class of a state, ``step`` (2 S,) next state, ``column`` (n,)."""
     lanes, n = states.size, cols.size
-    at, last = np.uint64(0), np.uint64(words.size)
+    at, end = np.uint64(0), np.uint64(words.size)
     one, none = np.uint64(1), np.uint64(0)
-    column = np.zeros(n, np.uint8)
     planes = parity.size > 0
-    lane, t = 0, 0
-    for i in range(rows.size):
-        row, j = rows[i], 0
-        while j < n:
-            length = min(lanes - lane, n - j)
-            if at + np.uint64(length) > last:
+    lane, t, i = 0, first, first // n
+    j = first - i * n
+    while t < last:
+        row = rows[i]
+        while j < n and t < last:
+            length = min(lanes - lane, n - j, last - t)
+            if at + np.uint64(length) > end:
                 return -1
             for k in range(length):
                 x = states[np.uint64(lane + k)]
@@ -107,136 +128,186 @@ def _decode_compiled_machine(
             lane += length
             if lane == lanes:
                 lane = 0
+        i += 1
+        j = 0
     return np.int64(at)
 
 
-def _decode_vectors(
-    words: np.ndarray, states: np.ndarray, contexts: Contexts, parity: np.ndarray | None, out: np.ndarray
-) -> int:
-    """Decode with steps over all lanes in numpy. Return the number of words read, or -1 when they do not suffice."""
-    lanes, count, n = len(states), contexts.count, len(contexts.cols)
-    table = slots(contexts.table.reshape(-1, SYMBOLS)).reshape(-1).astype(np.int64)
-    index = contexts.class_index() << PROBABILITY_BITS
-    machine = contexts.machine
-    if machine is not None:
-        base = np.array(contexts.group_of_state, np.int64) * (contexts.classes * TOTAL)
-        step = machine.next_state.reshape(-1).astype(np.uint8)
-        column = np.zeros(count + n, np.uint8)  # the state of every symbol: that of the row above moves n on
-    entries = np.empty(count, np.int64)
-    x, source = states.astype(np.int64), words.astype(np.int64)
-    slot, part, low = np.empty_like(x), np.empty_like(x), np.empty(lanes, np.bool_)
-    at = 0
-    for t in range(0, count, lanes):
-        end = min(t + lanes, count)
-        entry = entries[t:end]
-        if end - t < lanes:
-            x, slot, part, low = x[: end - t], slot[: end - t], part[: end - t], low[: end - t]
-        np.bitwise_and(x, TOTAL - 1, out=slot)
-        np.add(slot, index[t:end], out=slot)
-        if machine is not None:
-            np.add(slot, base[column[t:end]], out=slot)
-        table.take(slot, out=entry, mode="clip")
-        np.right_shift(x, PROBABILITY_BITS, out=x)
-        np.right_shift(entry, 8, out=part)
-        np.bitwise_and(part, TOTAL - 1, out=part)
-        np.multiply(x, part, out=x)
-        np.right_shift(entry, 20, out=part)
-        np.add(x, part, out=x)
-        reading = np.less(x, LOWEST, out=low).nonzero()[0]
-        if len(reading):
-            read = source[at : at + len(reading)]
-            if len(read) < len(reading):
-                return -1
-            x[reading] = x[reading] << 16 | read
-            at += len(reading)
-        if machine is not None:
-            odd = entry & 1 if parity is None else parity[t:end]
-            column[t + n : end + n] = step[column[t:end].astype(np.int64) * 2 + odd]
-        states[: end - t] = x
-    out[:] = entries.astype(np.uint8)
-    return at
+class _Compiled:
+    def __init__(self, contexts: Contexts, parity: np.ndarray | None) -> None:
+        self.contexts = contexts
+        self.out = np.empty(contexts.count, np.uint8)
+        self.table = slots(contexts.table.reshape(-1, SYMBOLS)).reshape(-1)
+        self.parity = np.zeros(0, np.uint8) if parity is None else parity
+        if contexts.machine is not None:
+            self.base = np.array(contexts.group_of_state, np.uint32) * np.uint32(contexts.classes)
+            self.step = contexts.machine.next_state.reshape(-1).astype(np.uint8)
+            self.column = np.zeros(len(contexts.cols), np.uint8)
+
+    def run(self, words: np.ndarray, states: np.ndarray, first: int, last: int) -> int:
+        c, padded = self.contexts, np.concatenate([words, np.zeros(len(states), np.uint16)])
+        common = (padded, states, c.rows, c.cols, self.table, c.classes, first, last, self.out)
+        if c.machine is None:
+            return int(_decode_compiled(*common))
+        return int(_decode_compiled_machine(*common, self.base, self.step, self.parity, self.column))
+
+    def symbols(self) -> np.ndarray:
+        return self.out
 
 
-def _decode_torch(
-    words: np.ndarray, states: np.ndarray, contexts: Contexts, parity: np.ndarray | None, out: np.ndarray,
-    device: torch.device | str,
-) -> int:  # fmt: skip
-    """Decode with steps over all lanes in torch: no step waits for the host, so that it suits any device."""
+class _Vectors:
+    def __init__(self, contexts: Contexts, parity: np.ndarray | None) -> None:
+        self.contexts, self.parity = contexts, parity
+        table = slots(contexts.table.reshape(-1, SYMBOLS)).reshape(-1)
+        self.symbol = table.astype(np.uint8)
+        self.frequency = (table >> 8 & _SLOT).astype(np.int64)
+        self.offset = (table >> 20).astype(np.int64)
+        self.slot = contexts.class_index() << PROBABILITY_BITS  # becomes the slot of every symbol
+        if contexts.machine is not None:
+            self.base = np.array(contexts.group_of_state, np.int64) * (contexts.classes * TOTAL)
+            self.step = contexts.machine.next_state.reshape(-1).astype(np.uint8)
+            # The state of every symbol; that of the next in its column lies n further on.
+            self.column = np.zeros(contexts.count + len(contexts.cols), np.uint8)
 
-    def move(a: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(a.astype(np.int64))).to(device)
+    def run(self, words: np.ndarray, states: np.ndarray, first: int, last: int) -> int:
+        lanes, n, machine = len(states), len(self.contexts.cols), self.contexts.machine
+        x, source = states.astype(np.int64), words.astype(np.int64)
+        part, low, at = np.empty_like(x), np.empty(lanes, np.bool_), 0
+        for t in range(first, last, lanes):
+            end = min(t + lanes, last)
+            slot = self.slot[t:end]
+            if end - t < lanes:
+                states[end - t :] = x[end - t :]
+                x, part, low = x[: end - t], part[: end - t], low[: end - t]
+            np.bitwise_and(x, _SLOT, out=part)
+            np.add(slot, part, out=slot)
+            if machine is not None:
+                np.add(slot, self.base[self.column[t:end]], out=slot)
+            np.right_shift(x, PROBABILITY_BITS, out=x)
+            self.frequency.take(slot, out=part, mode="clip")
+            np.multiply(x, part, out=x)
+            self.offset.take(slot, out=part, mode="clip")
+            np.add(x, part, out=x)
+            reading = np.less(x, LOWEST, out=low).nonzero()[0]
+            if len(reading):
+                read = source[at : at + len(reading)]
+                if len(read) < len(reading):
+                    return -1
+                x[reading] = x[reading] << 16 | read
+                at += len(reading)
+            if machine is not None:
+                odd = self.symbol[slot] & 1 if self.parity is None else self.parity[t:end]
+                self.column[t + n : end + n] = self.step[self.column[t:end].astype(np.int64) * 2 + odd]
+        states[: len(x)] = x
+        return at
 
-    lanes, count, n = len(states), contexts.count, len(contexts.cols)
-    table = move(slots(contexts.table.reshape(-1, SYMBOLS)).reshape(-1))
-    index = move(contexts.class_index()) << PROBABILITY_BITS
-    machine = contexts.machine
-    if machine is not None:
-        base = move(np.array(contexts.group_of_state, np.int64) * (contexts.classes * TOTAL))
-        step = move(machine.next_state.reshape(-1))
-        column = torch.zeros(count + n, dtype=torch.int64, device=device)
-        odd_plane = None if parity is None else move(parity)
-    entries = torch.empty(count, dtype=torch.int64, device=device)
-    x, source = move(states), move(np.append(words, 0))
-    last = len(words)
-    at = torch.zeros((), dtype=torch.int64, device=device)
-    for t in range(0, count, lanes):
-        end = min(t + lanes, count)
-        active = x[: end - t]
-        slot = (active & TOTAL - 1) + index[t:end]
-        if machine is not None:
-            slot += base[column[t:end]]
-        entry = table[slot]
-        entries[t:end] = entry
-        active = (entry >> 8 & TOTAL - 1) * (active >> PROBABILITY_BITS) + (entry >> 20)
-        low = active < LOWEST
-        order = torch.cumsum(low, 0)
-        word = source[torch.clamp(at + order - 1, 0, last)]
-        x[: end - t] = torch.where(low, active << 16 | word, active)
-        at = at + order[-1]
-        if machine is not None:
-            odd = entry & 1 if odd_plane is None else odd_plane[t:end]
-            column[t + n : end + n] = step[column[t:end] * 2 + odd]
-    out[:] = entries.to(torch.uint8).cpu().numpy()
-    states[:] = x.cpu().numpy().astype(np.uint32)
-    return int(at) if int(at) <= last else -1
+    def symbols(self) -> np.ndarray:
+        return self.symbol[self.slot]
 
 
-def _decode_reference(
-    words: np.ndarray, states: np.ndarray, contexts: Contexts, parity: np.ndarray | None, out: np.ndarray
-) -> int:
-    """Decode a symbol at a time: the definition of the format, and the quickest for short sequences without numba."""
-    lanes, n, classes = len(states), len(contexts.cols), contexts.classes
-    table = slots(contexts.table.reshape(-1, SYMBOLS)).reshape(-1).tolist()
-    x, source, cols, machine = states.tolist(), words.tolist(), contexts.cols.tolist(), contexts.machine
-    column = [0] * n
-    group = contexts.group_of_state or (0,)
-    step = [[0, 0]] if machine is None else machine.next_state.tolist()
-    odd_plane = None if parity is None else parity.tolist()
-    decoded = bytearray(contexts.count)
-    at = t = 0
-    for row in contexts.rows.tolist():
-        for j in range(n):
-            index = group[column[j]] * classes + min(max(row + cols[j], 0), classes - 1)
-            state = x[t % lanes]
-            entry = table[index << PROBABILITY_BITS | state & TOTAL - 1]
-            state = (entry >> 8 & TOTAL - 1) * (state >> PROBABILITY_BITS) + (entry >> 20)
+class _Torch:
+    """No step waits for the host."""
+
+    def __init__(self, contexts: Contexts, parity: np.ndarray | None, device: torch.device | str) -> None:
+        self.contexts, self.device = contexts, device
+        self.table = self._move(slots(contexts.table.reshape(-1, SYMBOLS)).reshape(-1))
+        self.index = self._move(contexts.class_index()) << PROBABILITY_BITS
+        self.entries = torch.empty_like(self.index)
+        self.parity = None if parity is None else self._move(parity)
+        if contexts.machine is not None:
+            self.base = self._move(np.array(contexts.group_of_state, np.int64) * (contexts.classes * TOTAL))
+            self.step = self._move(contexts.machine.next_state.reshape(-1))
+            self.column = self._move(np.zeros(contexts.count + len(contexts.cols)))
+
+    def _move(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(self.device)
+
+    def run(self, words: np.ndarray, states: np.ndarray, first: int, last: int) -> int:
+        lanes, n, machine, count = len(states), len(self.contexts.cols), self.contexts.machine, len(words)
+        x, source = self._move(states), self._move(np.append(words, 0))
+        at = torch.zeros((), dtype=torch.int64, device=self.device)
+        for t in range(first, last, lanes):
+            end = min(t + lanes, last)
+            active = x[: end - t]
+            slot = (active & _SLOT) + self.index[t:end]
+            if machine is not None:
+                slot += self.base[self.column[t:end]]
+            entry = self.table[slot]
+            self.entries[t:end] = entry
+            active = (entry >> 8 & _SLOT) * (active >> PROBABILITY_BITS) + (entry >> 20)
+            low = active < LOWEST
+            order = torch.cumsum(low, 0)
+            word = source[torch.clamp(at + order - 1, 0, count)]
+            x[: end - t] = torch.where(low, active << 16 | word, active)
+            at = at + order[-1]
+            if machine is not None:
+                odd = entry & 1 if self.parity is None else self.parity[t:end]
+                self.column[t + n : end + n] = self.step[self.column[t:end] * 2 + odd]
+        states[:] = x.cpu().numpy().astype(np.uint32)
+        return int(at) if int(at) <= count else -1
+
+    def symbols(self) -> np.ndarray:
+        symbols: np.ndarray = self.entries.to(torch.uint8).cpu().numpy()
+        return symbols
+
+
+class _Reference:
+    """A symbol at a time; the quickest for short sequences without numba."""
+
+    def __init__(self, contexts: Contexts, parity: np.ndarray | None) -> None:
+        self.rows, self.cols, self.classes = contexts.rows.tolist(), contexts.cols.tolist(), contexts.classes
+        self.table = slots(contexts.table.reshape(-1, SYMBOLS)).reshape(-1).tolist()
+        self.parity = None if parity is None else parity.tolist()
+        machine = contexts.machine
+        self.group = (0,) if machine is None else contexts.group_of_state
+        self.step = [[0, 0]] if machine is None else machine.next_state.tolist()
+        self.column = [0] * len(self.cols)
+        self.out = bytearray(contexts.count)
+
+    def run(self, words: np.ndarray, states: np.ndarray, first: int, last: int) -> int:
+        n, lanes, source, x, at = len(self.cols), len(states), words.tolist(), states.tolist(), 0
+        for t in range(first, last):
+            i, j = divmod(t, n)
+            lane, column = (t - first) % lanes, self.column[j]
+            index = self.group[column] * self.classes + min(max(self.rows[i] + self.cols[j], 0), self.classes - 1)
+            state = x[lane]
+            entry = self.table[index << PROBABILITY_BITS | state & _SLOT]
+            state = (entry >> 8 & _SLOT) * (state >> PROBABILITY_BITS) + (entry >> 20)
             if state < LOWEST:
                 if at == len(source):
                     return -1
                 state = state << 16 | source[at]
                 at += 1
-            x[t % lanes] = state
-            decoded[t] = entry & 0xFF
-            column[j] = step[column[j]][entry & 1 if odd_plane is None else odd_plane[t]]
-            t += 1
-    out[:] = np.frombuffer(decoded, np.uint8)
-    states[:] = x
-    return at
+            x[lane] = state
+            self.out[t] = entry & 0xFF
+            self.column[j] = self.step[column][entry & 1 if self.parity is None else self.parity[t]]
+        states[:] = x
+        return at
+
+    def symbols(self) -> np.ndarray:
+        return np.frombuffer(self.out, np.uint8)
+
+
+def _decoder(
+    backend: str, lanes: int, contexts: Contexts, parity: np.ndarray | None, device: torch.device | str
+) -> _Decoder:
+    if backend == "auto":
+        backend = "numba" if HAVE_NUMBA else "numpy"
+    if backend == "numba":
+        if not HAVE_NUMBA:
+            raise ValueError("backend 'numba' needs the package numba, which is not installed")
+        return _Compiled(contexts, parity)
+    if backend == "torch":
+        return _Torch(contexts, parity, device)
+    if backend == "reference" or (backend == "numpy" and lanes < _FEW_LANES):
+        return _Reference(contexts, parity)
+    if backend == "numpy":
+        return _Vectors(contexts, parity)
+    raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
 
 
 def decode(
-    states: np.ndarray,
-    words: np.ndarray,
+    stream: Stream,
     contexts: Contexts,
     parity: np.ndarray | None = None,
     backend: str = "auto",
@@ -245,43 +316,29 @@ def decode(
     """Return the symbols, int8 (m * n,).
 
     Args:
-        states: uint32 (L,), the lanes' states.
-        words: uint16 (w,), the words.
-        contexts: the models that the encoder used. With a machine, L must not exceed n.
+        stream: what :func:`hf_sqf.runtime.sqf_rans.encode` made, of at least one lane and with a tail shorter than
+            the array. With a machine, there must not be more lanes than columns.
+        contexts: the models that the encoder used.
         parity: uint8 (m * n,), what drives the machine where it is not the symbols' own parity.
-        backend: one of ``BACKENDS``; "auto" takes numba, or numpy where there is none.
+        backend: one of ``BACKENDS``.
         device: where the torch backend works.
 
     Raises:
-        ValueError: the words do not end where the symbols do, or a lane does not end at 2^16.
+        ValueError: the words do not end where the symbols do, or a lane does not end as one can begin.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
-    if backend == "numba" and not HAVE_NUMBA:
-        raise ValueError("backend 'numba' needs the package numba, which is not installed")
-    if backend == "auto":
-        backend = "numba" if HAVE_NUMBA else "numpy"
-    if backend == "numpy" and len(states) < _FEW_LANES:
-        backend = "reference"
-    out = np.empty(contexts.count, np.uint8)
-    x = states.astype(np.uint32)
-    if backend == "numba":
-        padded = np.concatenate([words, np.zeros(len(x), np.uint16)])
-        table = slots(contexts.table.reshape(-1, SYMBOLS)).reshape(-1)
-        common = (padded, x, contexts.rows, contexts.cols, table, contexts.classes)
-        if contexts.machine is None:
-            read = _decode_compiled(*common, out)
-        else:
-            base = np.array(contexts.group_of_state, np.uint32) * np.uint32(contexts.classes)
-            step = contexts.machine.next_state.reshape(-1).astype(np.uint8)
-            odd = np.zeros(0, np.uint8) if parity is None else parity
-            read = _decode_compiled_machine(*common, base, step, odd, out)
-    elif backend == "numpy":
-        read = _decode_vectors(words, x, contexts, parity, out)
-    elif backend == "torch":
-        read = _decode_torch(words, x, contexts, parity, out, device)
-    else:
-        read = _decode_reference(words, x, contexts, parity, out)
-    if read != len(words) or (x != LOWEST).any():
+    decoder = _decoder(backend, len(stream.states), contexts, parity, device)
+    states, middle = stream.states.astype(np.uint32), contexts.count - stream.tail
+    whole = decoder.run(stream.words, states, 0, middle) == len(stream.words)
+    carried = states - np.uint32(LOWEST)
+    whole &= bool((carried < LOWEST).all())
+    if whole and stream.tail:
+        words, few = carried.astype("<u2"), tail_lanes(len(carried))
+        states, words = words[: 2 * few].view("<u4").astype(np.uint32), words[2 * few :]
+        whole &= bool((states >= LOWEST).all())
+        read = decoder.run(words, states, middle, contexts.count)
+        whole &= read >= 0 and not words[read:].any() and bool((states == LOWEST).all())
+    elif carried.any():
+        whole = False
+    if not whole:
         raise ValueError("entropy-coded symbols are damaged")
-    return out.view(np.int8)
+    return decoder.symbols().view(np.int8)

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from .sqf_bytes import Reader, Writer, pack_bits, packed_size, unpack_bits
-from .sqf_codec import SYMBOLS_PER_BYTE, decode_integers, encode_integers, lanes_for
+from .sqf_codec import decode_integers, encode_integers
 from .sqf_decoders import decode
 from .sqf_jit import HAVE_NUMBA
 from .sqf_models import SYMBOLS, TOTAL
 from .sqf_rans import Contexts, encode
+from .sqf_streams import SYMBOLS_PER_BYTE, lanes_for, read_sizes, read_stream, write_sizes, write_stream
 from .sqf_symbols import CHUNK
 
 _FLAT, _TABLE = 0, 1
@@ -81,16 +82,14 @@ def encode_indices(indices: np.ndarray, atoms: int, compiled: bool = HAVE_NUMBA)
     streams, planes = [], []
     for first in range(0, len(indices), CHUNK):
         part = high[first : first + CHUNK]
-        lanes = lanes_for(bits * len(part) / len(indices))
+        lanes = lanes_for(bits * len(part) / len(indices), len(part))
         contexts = _contexts(frequencies, len(part))
         streams.append(encode((part - 128).astype(np.int8), None, contexts, lanes, compiled))
         planes.append(pack_bits(indices[first : first + CHUNK] & (1 << shift) - 1, shift))
-    for states, words in streams:
-        out.unsigned(len(states))
-        out.unsigned(len(words))
-    for (states, words), plane in zip(streams, planes, strict=True):
-        out.raw(states.astype("<u4").tobytes())
-        out.raw(words.astype("<u2").tobytes())
+    for stream in streams:
+        write_sizes(out, stream)
+    for stream, plane in zip(streams, planes, strict=True):
+        write_stream(out, stream)
         out.raw(plane)
     return bytes(out)
 
@@ -125,14 +124,10 @@ def decode_indices(
     sizes = []
     for first in range(0, count, CHUNK):
         length = min(CHUNK, count - first)
-        lanes, words = reader.unsigned(min(length, 1 << 16)), reader.unsigned(length)
-        if lanes == 0 or length > (4 * lanes + 2 * words) * SYMBOLS_PER_BYTE:
-            raise ValueError(f"a chunk of {length} indices has {lanes} lanes and {words} words")
-        sizes.append((length, lanes, words))
+        sizes.append((length, read_sizes(reader, length, length)))
     parts = []
-    for length, lanes, words in sizes:
-        states, stream = reader.array("u4", lanes), reader.array("u2", words)
-        symbol = decode(states, stream, _contexts(frequencies, length), None, backend, device)
+    for length, size in sizes:
+        symbol = decode(read_stream(reader, size), _contexts(frequencies, length), None, backend, device)
         low = unpack_bits(reader.raw(packed_size(shift, length)), shift, length)
         parts.append((symbol.astype(np.int32) + 128 << shift | low.astype(np.int32)).astype(np.int32))
     reader.end()

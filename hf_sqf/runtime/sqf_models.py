@@ -21,6 +21,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from .sqf_jit import HAVE_NUMBA, jit
+
 PROBABILITY_BITS = 12
 TOTAL = 1 << PROBABILITY_BITS
 CLASSES = 44
@@ -159,12 +161,27 @@ def mean_magnitudes(shape: int, zero: int, grid: int) -> np.ndarray:
     return table @ points.astype(np.float64) / TOTAL
 
 
-def slots(table: np.ndarray) -> np.ndarray:
+@jit
+def _fill_slots(table: np.ndarray, out: np.ndarray) -> None:
+    for c in range(table.shape[0]):
+        slot = 0
+        for symbol in range(table.shape[1]):
+            frequency = table[c, symbol]
+            for offset in range(frequency):
+                out[c, slot] = offset << 20 | frequency << 8 | (symbol - 128 & 0xFF)
+                slot += 1
+
+
+def slots(table: np.ndarray, compiled: bool = HAVE_NUMBA) -> np.ndarray:
     """Expand frequencies (C, SYMBOLS) to the decoder's uint32 (C, 4096): offset << 20 | frequency << 8 | symbol.
 
     The offset is the slot's distance from the symbol's first slot; symbols lie in rising order.
     """
     classes = table.shape[0]
+    if compiled:
+        out = np.empty((classes, TOTAL), np.uint32)
+        _fill_slots(table, out)
+        return out
     start = np.cumsum(table, axis=1) - table
     flat = table.reshape(-1)
     symbol = np.tile(np.arange(SYMBOLS, dtype=np.uint32) - 128 & 0xFF, classes)

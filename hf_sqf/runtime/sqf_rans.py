@@ -8,8 +8,11 @@ decoding a symbol takes the low 12 bits of its state as a slot of the symbol's c
     x <- frequency * (x >> 12) + offset;    if x < 2^16:  x <- x << 16 | next word
 
 and all lanes read one sequence of words, in the order of the symbols. So a compiled loop follows one pointer, and
-a step over all lanes is a handful of vector operations. Every lane starts the encoder, and must end the decoder,
-at 2^16.
+a step over all lanes is a handful of vector operations.
+
+The encoder goes backwards. It may start a lane from any state in 2^16..2^17 - 1, and the decoder ends there: 16 bits
+a lane that would be lost. They carry the last symbols, coded first and by fewer lanes (:func:`tail_lanes`): the
+states of those lanes, as two words each, their words, and zeros.
 
 The class of symbol (i, j) is ``clip(rows[i] + cols[j], 0, classes - 1)``, and with a state machine
 (:mod:`hf_sqf.runtime.sqf_trellis`) the state of its column picks one of the groups of classes.
@@ -26,7 +29,7 @@ from .sqf_models import PROBABILITY_BITS, SYMBOLS
 from .sqf_trellis import Machine
 
 LOWEST = 1 << 16
-"""The least state of a lane, and the one it starts the encoder from."""
+"""The least state of a lane."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,26 @@ class Contexts:
         return Contexts(self.rows[first:last], self.cols, self.table, self.machine, self.group_of_state)
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Coded symbols.
+
+    Attributes:
+        states: uint32 (L,), the lanes' states.
+        words: uint16 (w,), in the decoder's order.
+        tail: how many of the last symbols are carried by the states that the decoder ends with.
+    """
+
+    states: np.ndarray
+    words: np.ndarray
+    tail: int
+
+
+def tail_lanes(lanes: int) -> int:
+    """Return the number of lanes that the tail of a stream of ``lanes`` has."""
+    return (lanes + 15) // 16
+
+
 @jit
 def _encode_compiled(
     symbols: np.ndarray,
@@ -74,15 +97,20 @@ def _encode_compiled(
     cols: np.ndarray,
     starts: np.ndarray,
     classes: int,
+    first: int,
     states: np.ndarray,
     words: np.ndarray,
 ) -> int:
+    """Encode the symbols from ``first`` on, ``len(words)`` of them; ``words`` is filled from its end."""
     lanes, n = states.size, cols.size
-    at, t = words.size, symbols.size
-    lane = (t - 1) % lanes
-    for i in range(rows.size - 1, -1, -1):
+    at = words.size
+    t = first + at
+    lane = (at - 1) % lanes
+    i = (t - 1) // n
+    j = (t - 1) - i * n
+    while t > first:
         row = rows[i]
-        for j in range(n - 1, -1, -1):
+        while j >= 0 and t > first:
             t -= 1
             index = min(max(row + cols[j], 0), classes - 1)
             if groups.size:
@@ -97,17 +125,19 @@ def _encode_compiled(
             q = np.uint32(x // frequency)
             states[lane] = np.uint32((q << np.uint32(12)) + (x - q * frequency) + (entry >> np.uint32(16)))
             lane = lane - 1 if lane else lanes - 1
+            j -= 1
+        i -= 1
+        j = n - 1
     return at
 
 
-def _encode_vectors(symbols: np.ndarray, index: np.ndarray, starts: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """Encode with steps over all lanes; ``states`` is updated. Return the words."""
-    lanes, count = len(states), len(symbols)
-    entries = starts[index * SYMBOLS + (symbols.astype(np.int64) + 128)].astype(np.int64)
+def _encode_vectors(entries: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """Encode symbols given by their start << 16 | frequency, with steps over all lanes. Return the words."""
+    lanes, count = len(states), len(entries)
     x = states.astype(np.int64)
     blocks = []
     for t in range((count - 1) // lanes * lanes, -1, -lanes):
-        entry = entries[t : t + lanes]
+        entry = entries[t : t + lanes].astype(np.int64)
         active = x[: len(entry)]
         frequency = entry & 0xFFFF
         full = active >> 20 >= frequency
@@ -119,10 +149,56 @@ def _encode_vectors(symbols: np.ndarray, index: np.ndarray, starts: np.ndarray, 
     return np.concatenate(blocks[::-1]) if blocks else np.zeros(0, np.uint16)
 
 
+class _Encoder:
+    """Encodes parts of one array of symbols."""
+
+    def __init__(self, symbols: np.ndarray, groups: np.ndarray | None, contexts: Contexts, compiled: bool) -> None:
+        self.symbols, self.groups, self.contexts, self.compiled = symbols, groups, contexts, compiled
+        table = contexts.table.reshape(-1, SYMBOLS)
+        starts = (np.cumsum(table, axis=1) - table).astype(np.uint32) << 16
+        self.starts = (starts | table.astype(np.uint32)).reshape(-1)
+
+    def entries(self, first: int, last: int) -> np.ndarray:
+        """Return start << 16 | frequency, uint32, of the symbols ``first..last``."""
+        n = len(self.contexts.cols)
+        top = first // n
+        index = self.contexts.select(top, -(-last // n)).class_index()[first - top * n : last - top * n]
+        if self.groups is not None:
+            index += self.groups[first:last].astype(np.int64) * self.contexts.classes
+        return self.starts[index * SYMBOLS + self.symbols[first:last] + 128]
+
+    def encode(self, first: int, last: int, states: np.ndarray) -> np.ndarray:
+        """Encode the symbols ``first..last``, update the states, return the words."""
+        if not self.compiled:
+            return _encode_vectors(self.entries(first, last), states)
+        c, words = self.contexts, np.empty(last - first, np.uint16)
+        groups = np.zeros(0, np.uint8) if self.groups is None else self.groups
+        at = _encode_compiled(self.symbols, groups, c.rows, c.cols, self.starts, c.classes, first, states, words)
+        return words[at:].copy()
+
+    def tail(self, lanes: int) -> tuple[int, np.ndarray]:
+        """Return how many of the last symbols fit into the first states of ``lanes`` lanes, and what they become."""
+        few, count = tail_lanes(lanes), len(self.symbols)
+        room = lanes - 2 * few
+        length = min(count // 4, 64 * lanes) if room > few else 0
+        if length:
+            frequency = np.maximum(self.entries(count - length, count)[::-1] & 0xFFFF, 1)
+            costs = np.rint((PROBABILITY_BITS - np.log2(frequency)) * 256).astype(np.int64)
+            length = int(np.searchsorted(np.cumsum(costs), room * 16 * 256))
+        while length:
+            states = np.full(few, LOWEST, np.uint32)
+            words = self.encode(count - length, count, states)
+            if len(words) <= room:
+                carried = np.concatenate([states.astype("<u4").view("<u2"), words, np.zeros(room - len(words), "<u2")])
+                return length, carried.astype(np.uint32)
+            length = length * 15 // 16
+        return 0, np.zeros(lanes, np.uint32)
+
+
 def encode(
     symbols: np.ndarray, groups: np.ndarray | None, contexts: Contexts, lanes: int, compiled: bool = HAVE_NUMBA
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lanes' states, uint32 (lanes,), and the words, uint16 (w,), in the decoder's order.
+) -> Stream:
+    """Return the stream of an array of at least one symbol.
 
     Args:
         symbols: int8 (m * n,), all of them with a frequency above 0 in their class.
@@ -131,15 +207,8 @@ def encode(
         lanes: number of lanes L.
         compiled: use the numba kernel; the bytes are the same.
     """
-    table = contexts.table.reshape(-1, SYMBOLS)
-    starts = ((np.cumsum(table, axis=1) - table).astype(np.uint32) << 16 | table.astype(np.uint32)).reshape(-1)
-    states = np.full(lanes, LOWEST, np.uint32)
-    if compiled:
-        words = np.empty(len(symbols), np.uint16)
-        given = np.zeros(0, np.uint8) if groups is None else groups
-        at = _encode_compiled(symbols, given, contexts.rows, contexts.cols, starts, contexts.classes, states, words)
-        return states, words[at:].copy()
-    index = contexts.class_index()
-    if groups is not None:
-        index += groups.astype(np.int64) * contexts.classes
-    return states, _encode_vectors(symbols, index, starts, states)
+    encoder = _Encoder(symbols, groups, contexts, compiled)
+    tail, carried = encoder.tail(lanes)
+    states = carried + np.uint32(LOWEST)
+    words = encoder.encode(0, len(symbols) - tail, states)
+    return Stream(states, words, tail)

@@ -171,28 +171,35 @@ def escape(
     return out, np.flatnonzero((out == EVEN) | (out == ODD))
 
 
-def join(
-    symbols: np.ndarray, planes: bytes | memoryview, escapes: int, escape_bits: int, low: np.ndarray | None, shift: int
-) -> np.ndarray:
-    """Return the codes of a chunk: the symbols themselves where there is nothing else, and else int64.
+@jit
+def _find_escapes(symbols: np.ndarray, where: np.ndarray) -> int:
+    found = 0
+    for t in range(symbols.size):
+        if symbols[t] in (EVEN, ODD):
+            if found < where.size:
+                where[found] = t
+            found += 1
+    return found
 
-    Args:
-        symbols: int8 (count,).
-        planes: begins with the escaped values.
-        escapes: their number.
-        escape_bits: bits of each.
-        low: (count,) low parts, if there are any.
-        shift: their bits.
+
+def escapes_of(symbols: np.ndarray, count: int, compiled: bool = HAVE_NUMBA) -> np.ndarray:
+    """Return where the ``count`` escapes among symbols (t,) are.
 
     Raises:
-        ValueError: the number of escapes is not that of the symbols.
+        ValueError: there are not so many.
     """
-    escaped = np.flatnonzero((symbols == EVEN) | (symbols == ODD))
-    if len(escaped) != escapes:
-        raise ValueError(f"{escapes} escaped values for {len(escaped)} escapes")
-    if not escapes and low is None:
-        return symbols
-    codes = symbols.astype(np.int64)
-    zigzag = unpack_bits(planes[: packed_size(escape_bits, escapes)], escape_bits, escapes).astype(np.int64)
-    codes[escaped] = np.where(zigzag & 1, -(zigzag + 1 >> 1), zigzag >> 1)
-    return codes if low is None else codes << shift | low
+    if compiled:
+        where = np.empty(count, np.int64)
+        found = _find_escapes(symbols, where)
+    else:
+        where = np.flatnonzero((symbols == EVEN) | (symbols == ODD))
+        found = len(where)
+    if found != count:
+        raise ValueError(f"{count} escaped values for {found} escapes")
+    return where
+
+
+def escaped_values(planes: bytes | memoryview, count: int, bits: int) -> np.ndarray:
+    """Return the escaped values, int64 (count,), that ``planes`` begin with."""
+    zigzag = unpack_bits(planes[: packed_size(bits, count)], bits, count)
+    return np.where(zigzag & 1, -(zigzag + 1 >> 1), zigzag >> 1)
