@@ -58,7 +58,7 @@ def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str]
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bits", type=float, default=4.0, help="average bits of a compressed weight")
+    parser.add_argument("--bits", type=float, default=5.0, help="average bits of a compressed weight")
     parser.add_argument("--out", type=Path, default=Path("build/all-MiniLM-L6-v2-sqf"), help="folder for the model")
     args = parser.parse_args()
 

@@ -29,6 +29,11 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert (tmp_path / "small" / "model.safetensors").exists()
 
 
+def test_figures_are_those_of_the_recipe():
+    kept = (README.parent / "recipes" / "minilm_bits.txt").read_text(encoding="utf-8")
+    assert kept in README.read_text(encoding="utf-8"), "recipes/minilm_bits.py ran again: copy its table here"
+
+
 def test_commands_are_make_targets():
     """Every `make x` in the text has its rule."""
     makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
