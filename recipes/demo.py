@@ -110,8 +110,7 @@ def main() -> None:
             text = texts[best] if len(texts[best]) <= 90 else texts[best][:87] + "..."
             print(f"    {label:<7} {scores[best]:.3f}  {text}")
 
-    print(f"\nThe compressed model lies in {args.out.resolve()}. Load it with\n")
-    print("    import hf_sqf")
+    print(f"\nThe compressed model lies in {args.out.resolve()}. Load it, in this environment, with\n")
     print(f"    from transformers import AutoModel\n    AutoModel.from_pretrained({str(args.out)!r})")
 
 
