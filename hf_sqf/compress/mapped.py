@@ -1,10 +1,11 @@
-"""Gives back the memory of tensors that are mapped from a file."""
+"""Gives memory back to the system while a model is compressed weight by weight."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import sys
+from functools import cache
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +14,17 @@ _DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
 _FILE_PAGE = np.uint64(1 << 61)
 _SWAPPED = np.uint64(1 << 62)
 _PRESENT = np.uint64(1 << 63)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def trim() -> None:
+    """Hand what was freed back to the system, where the C library (glibc) would rather keep it."""
+    if sys.platform.startswith("linux") and hasattr(_libc(), "malloc_trim"):
+        _libc().malloc_trim(0)
 
 
 def release(tensor: Tensor) -> None:
@@ -40,5 +52,4 @@ def release(tensor: Tensor) -> None:
         return  # a system that keeps this to itself
     changed = (entries & _SWAPPED) | ((entries & _PRESENT) & ~((entries & _FILE_PAGE) << np.uint64(2)))
     if len(entries) == last - first and not changed.any():
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((last - first) * page), ctypes.c_int(_DONTNEED))
+        _libc().madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((last - first) * page), ctypes.c_int(_DONTNEED))

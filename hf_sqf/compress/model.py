@@ -20,7 +20,7 @@ from ..runtime.sqf_quantizer import SQFQuantizer, place, settle
 from .budget import OCTAVES, RateCurve, fit, smallest
 from .collect import measure
 from .factorize import solve
-from .mapped import release
+from .mapped import release, trim
 from .metric import Metric
 from .target_size import bits_for_size
 from .targets import SMALL, Target, find_targets
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 MetricOf = Callable[[str, list[Tensor]], list[Metric]]
 """(a weight's full name, its matrices (m, n)) -> the metric of each."""
 _CHUNK = 1 << 20
+_TRIM = 1 << 21  # entries of weights between two times that freed memory is handed back
 
 
 class RelativeMetrics:
@@ -87,7 +88,8 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     Raises:
         ValueError: the model is not compressed, or its weights are offloaded.
     """
-    if not isinstance(getattr(model, "hf_quantizer", None), SQFQuantizer):
+    # By its name: the quantizer's class may be that of the files that came with the model.
+    if getattr(model, "quantization_method", None) != QUANT_METHOD:
         raise ValueError("the model is not compressed")
     return model.dequantize(dtype=dtype)
 
@@ -123,6 +125,7 @@ def compress_weights(
         for module, attribute, held in target.sites:
             sites[held.name] = module, attribute, held, parameter
     place(model, sites)
+    trim()
     if any(target.held.stacked for target in targets):
         model.set_experts_implementation("eager")
     config.coverage = _coverage(targets, packed, dense, total)
@@ -140,6 +143,7 @@ class _Job:
         self.config, self.bits, self.metrics = config, bits, metrics
         self.curves: dict[str, RateCurve] = {}
         self.packed: dict[str, Tensor] = {}
+        self._read = 0
 
     def prepare(self, targets: list[Target], dense: dict[str, str]) -> list[Target]:
         """Read every weight once: check it, sample it, and sort out what is too small to gain.
@@ -158,7 +162,7 @@ class _Job:
             else:
                 self.curves[target.name] = RateCurve(matrices, metrics, overhead)
                 kept.append(target)
-            release(target.parameter)
+            self._done_with(target)
         if not kept:
             raise ValueError("the model has no weight that can be compressed")
         for group, members in _groups(kept).items():
@@ -194,8 +198,16 @@ class _Job:
             found = solve(matrix, metric, step, structure, self.config.block, self.config.seed, target.name)
             factors.append(found.factors)
         self.packed[target.name] = pack(factors)
-        release(target.parameter)
+        self._done_with(target)
         return 8 * self.packed[target.name].numel()
+
+    def _done_with(self, target: Target) -> None:
+        """Give back the memory of a dense weight that has been read, and of what was computed on the way."""
+        release(target.parameter)
+        self._read += target.parameter.numel()
+        if self._read >= _TRIM:
+            trim()
+            self._read = 0
 
     def _side_information(self, target: Target, matrices: list[Tensor], metrics: list[Metric]) -> int:
         """Return the bytes that a weight costs when all its codes are zero, from a few of its rows."""
