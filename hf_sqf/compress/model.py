@@ -78,7 +78,7 @@ def compress(
         setattr(model, name, value)
     model.config.quantization_config = quantizer.quantization_config
     _assign_is_quantized(model)
-    settle(model)
+    settle(model, quantizer.quantization_config.runtime)
     return model
 
 

@@ -30,4 +30,4 @@ class CompressingQuantizer(SQFQuantizer):
             super()._process_model_after_weight_loading(model, **kwargs)
         else:
             compress_weights(model, self.quantization_config)
-            settle(model)
+            settle(model, self.quantization_config.runtime)

@@ -17,7 +17,9 @@ BLOCKED = ("sparse_pca", "vq", "pgd", "auto")
 """Structures that ``block`` has a meaning for."""
 NOT_STORED = ("dataset", "tokenizer", "statistics")
 """Fields that are of use while a model is compressed only."""
-LOADING_ATTRIBUTES = ("dequantize",)
+RUNTIMES = ("auto", "int8", "int4", "stream", "dense")
+"""What ``runtime`` may be; see :mod:`hf_sqf.runtime.sqf_backends`."""
+LOADING_ATTRIBUTES = ("dequantize", "runtime")
 """Fields that may be given anew when a compressed model is loaded; never written into a checkpoint."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -51,6 +53,9 @@ class SQFConfig(QuantizationConfigMixin):
         block: width of blocks for structures with a dictionary; None lets the structure choose.
         seed: of the starts that draw at random.
         dequantize: loading attribute: decode a compressed checkpoint into an ordinary model.
+        runtime: loading attribute: how the compressed model runs, and what it keeps in memory: ``"int8"`` and
+            ``"int4"`` (8 or 4 bits a weight), ``"stream"`` (the file's bytes, decoded for each call), ``"dense"``
+            (decoded once) or ``"auto"``. See ``set_runtime``, which changes it later.
         format_version: of the checkpoint; written when a model is saved.
         max_kl: ``push_to_hub`` refuses a model that lies further from its original than this, in nats (mean
             Kullback-Leibler divergence per prediction, of models that predict classes or tokens); None accepts all.
@@ -78,6 +83,7 @@ class SQFConfig(QuantizationConfigMixin):
     block: int | None = None
     seed: int = 0
     dequantize: bool = False
+    runtime: str = "auto"
     format_version: int = FORMAT_VERSION
     max_kl: float | None = 1.0
     min_cosine: float | None = 0.9
@@ -119,6 +125,7 @@ class SQFConfig(QuantizationConfigMixin):
         for name in ("samples", "context"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 2:
                 raise ValueError(f"{name} must be an integer of 2 or more, got {getattr(self, name)!r}")
+        check_runtime(self.runtime)
         for name in ("include_embeddings", "dequantize", "own_text"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -167,6 +174,12 @@ class SQFConfig(QuantizationConfigMixin):
         # transformers deep-copies configs several times on the way to a model; nothing in here is ever altered in
         # place, so that a shallow copy will do, whatever a field may hold.
         return copy.copy(self)
+
+
+def check_runtime(runtime: object) -> None:
+    """Raise ValueError unless ``runtime`` is one of :data:`RUNTIMES`."""
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
 
 
 def parse_size(size: int | str) -> int:

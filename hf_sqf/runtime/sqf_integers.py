@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .sqf_jit import HAVE_NUMBA
-from .sqf_kernels import BFLOAT16, FLOAT32, INT4, INT8, INT16, LARGEST_INT4, NONE, SLACK, Kernels, kernels
+from .sqf_kernels import BFLOAT16, FLOAT32, LARGEST_INT4, SLACK, Kernels, kernels
+from .sqf_vectors import INT4, INT8, INT16, NONE
 
 INT32 = 32
 _DTYPES = {INT4: torch.int8, INT8: torch.int8, INT16: torch.int16, INT32: torch.int32}
@@ -84,7 +85,7 @@ def store(codes: Tensor, kind: int) -> dict[str, Tensor]:
 
 def check_ids(ids: Tensor, count: int) -> None:
     """Raise IndexError unless all ``ids`` are in [0, count)."""
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < count):
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < count):
         raise IndexError(f"index out of range: {int(ids.min())}..{int(ids.max())} of {count} rows")
 
 
@@ -128,7 +129,7 @@ class Integers:
             row = torch.repeat_interleave(torch.arange(m, device=self.device), counts)
             codes[row, self.arrays["columns"].long()] += self.arrays["values"]
             low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
-            codes = codes.to(torch.int8) if -128 <= low and high <= 127 else codes
+            codes = codes.to(torch.int8) if low >= -128 and high <= 127 else codes
         return codes
 
     def _dense_part(self, ids: Tensor | slice) -> Tensor:

@@ -43,8 +43,8 @@ from .sqf_vectors import (
 
 try:
     from numba import carray, cfunc, types
-except ImportError:
-    pass
+except ImportError:  # nothing here is called then
+    carray = cfunc = types = None  # type: ignore[assignment]
 
 REVISION = 2
 """Of the vectors; see :mod:`sqf_vectors`."""
@@ -57,7 +57,7 @@ SLACK = 64
 
 CODES, KIND, M, N, STEPS, ROWS, STARTS, COLUMNS, VALUES = range(9)
 """Fields of a matrix's descriptor, int64 each: addresses (0: there is none) of the dense part, float32 steps (n) and
-rows (m), and the sparse remainder's int32 starts (m + 1), uint16 columns and int16 values; KIND is one of the storages."""
+rows (m), and the sparse remainder's int32 starts (m + 1), uint16 columns and int16 values. KIND is a storage."""
 
 # Fields of a call, int64 each. X: the scaled inputs, float32; INPUTS: what the inner products take.
 (_MATRIX, _TASK, _X, _X_STRIDE, _INPUTS, _INPUT_STRIDE, _PLANE, _COUNT, _SCALES, _Y, _BIAS, _BATCH, _DTYPE, _IDS,
@@ -147,7 +147,7 @@ def _to_bfloat16(bits: int) -> int:
 
 
 @jit
-def _multiply_rows(address: int, first: int, last: int) -> None:
+def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a nest of loops)
     """Fill the columns first..last of y."""
     call = carray(_int64(address), _CALL)
     matrix = carray(_int64(call[_MATRIX]), 9)
@@ -217,7 +217,7 @@ def _multiply_rows(address: int, first: int, last: int) -> None:
 
 
 @jit
-def _decode_rows(address: int, first: int, last: int) -> None:
+def _decode_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a nest of loops)
     """Fill the rows first..last of y with rows of the matrix."""
     call = carray(_int64(address), _CALL)
     matrix = carray(_int64(call[_MATRIX]), 9)
@@ -323,7 +323,7 @@ def _fixed_point(x: Any, n: int, halved: bool, digits: Any, scale: Any) -> bool:
     return True
 
 
-def _multiply(
+def _multiply(  # noqa: C901 (what each kind of product needs)
     descriptor: int, x: int, y: int, bias: int, batch: int, dtype: int, threads: int, gomp: int, worker: int
 ) -> int:
     matrix = carray(_int64(descriptor), 9)
@@ -402,12 +402,12 @@ class Kernels:
 
     def __init__(self) -> None:
         worker = cfunc(types.void(types.int64), cache=True)(_worker)
-        self.worker: int = worker.address
+        self.worker: int = worker.address or 0
         self.gomp = _gomp()
         signature = types.int64(*[types.int64] * 9)
         pointer = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 9)
         self._keep = [worker, *(cfunc(signature, cache=True)(f) for f in (_multiply, _decode))]
-        self.multiply, self.decode = (pointer(f.address) for f in self._keep[1:])
+        self.multiply, self.decode = (pointer(f.address or 0) for f in self._keep[1:])
 
 
 def _gomp() -> int:

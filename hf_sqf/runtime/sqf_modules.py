@@ -1,9 +1,12 @@
 """Modules that hold factors instead of weights.
 
 A module is compressed in place: its class becomes a compressed subclass of what it was, and each weight ``name``
-becomes a packed uint8 parameter ``name_factors``. So hooks, buffers, biases and shared references stay, every
+becomes a uint8 parameter ``name_factors``. So hooks, buffers, biases and shared references stay, every
 ``isinstance`` still holds, and a subclass with a forward of its own (a scaled embedding, say) keeps it. ``weight``
 answers as a dense tensor, decoded on demand.
+
+The parameter's bytes are packed or resident, as the module's ``runtime`` wants them (:mod:`sqf_backends`); in a state
+dict they are packed always.
 
 To teach this file a new kind of module: subclass :class:`SQFModule` and the kind, put it into :data:`KINDS`, and add
 to :func:`weights_of` if its weights are not called ``weight``.
@@ -19,12 +22,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
-from .sqf_container import unpack
+from .sqf_backends import bytes_for, factors_in, matrices_in, packed_bytes
+from .sqf_config import check_runtime
+from .sqf_container import records
 from .sqf_factors import Factors
-from .sqf_product import linear, lookup
+from .sqf_product import linear, matrix, plain, product, rows
+from .sqf_resident import is_resident, resident_backend
+from .sqf_running import Running
 
 SUFFIX = "_factors"
 """Of a packed parameter's name. An underscore: renaming patterns of transformers end at a word's boundary."""
@@ -67,45 +73,54 @@ class Held:
         return (torch.stack(parts) if self.stacked else parts[0]).reshape(self.shape)
 
 
-_decoded: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def decoded(packed: nn.Parameter, held: Held) -> list[Factors]:
-    """Return the factors in a packed parameter, decoded once for as long as it lives and stays what it is.
-
-    Modules with a common (tied) parameter share the result.
-
-    Raises:
-        ValueError: the bytes are damaged, or hold factors of another shape; names the tensor.
-    """
-    state = (packed.data_ptr(), packed.device, 0 if packed.is_inference() else packed._version)
-    known = _decoded.get(packed)
-    if known is None or known[0] != state:
-        factors = unpack(packed.detach(), held.name)
-        expected = [held.matrix_shape] * (held.shape[0] if held.stacked else 1)
-        found = [tuple(f.shape) for f in factors]
-        if found != expected:
-            raise ValueError(f"{held.name}: holds factors of shapes {found[:4]}, the model expects {expected[:4]}")
-        known = state, [f.to(packed.device) for f in factors]
-        _decoded[packed] = known
-    return known[1]
-
-
 class SQFModule(nn.Module):
     """What all compressed modules have in common; a mixin that comes before the module's own class.
 
     Attributes:
         held: name of a weight -> :class:`Held`.
         compute_dtype: dtype that the dense weights have.
+        runtime: how the module runs, one of :data:`~.sqf_config.RUNTIMES`; :func:`set_runtime` changes it.
     """
 
     base: type[nn.Module]
     held: dict[str, Held]
     compute_dtype: torch.dtype
+    runtime: str
+    _running: dict[str, tuple[nn.Parameter, int, int | None, list[Running]]]
+
+    def _bytes(self, name: str) -> nn.Parameter:
+        return self._parameters[name + SUFFIX]  # type: ignore[return-value]  # sooner than through __getattr__
 
     def factors(self, name: str = "weight") -> list[Factors]:
-        """Return the factors of a weight: one, or one per expert."""
-        return decoded(getattr(self, name + SUFFIX), self.held[name])
+        """Return the factors of a weight, decoded anew: one, or one per expert.
+
+        Raises:
+            ValueError: the bytes are damaged, or hold factors of another shape; names the tensor.
+        """
+        return self._checked(name, factors_in(getattr(self, name + SUFFIX).detach(), self.held[name].name))
+
+    def matrices(self, name: str = "weight") -> list[Running]:
+        """Return the matrices of a weight in the form in which they run: one, or one per expert.
+
+        Raises:
+            ValueError: as for :meth:`factors`.
+        """
+        data = self._bytes(name)
+        known = self._running.get(name)
+        if known is not None and known[0] is data and known[1] == data.data_ptr() and known[2] in (None, data._version):
+            return known[3]
+        found = matrices_in(data, self.runtime, self.compute_dtype, self.held[name].name)
+        version = None if data.is_inference() else data._version
+        self._running[name] = data, data.data_ptr(), version, self._checked(name, found)
+        return found
+
+    def _checked(self, name: str, found: list[Any]) -> list[Any]:
+        held = self.held[name]
+        expected = [held.matrix_shape] * (held.shape[0] if held.stacked else 1)
+        shapes = [tuple(f.shape) for f in found]
+        if shapes != expected:
+            raise ValueError(f"{held.name}: holds factors of shapes {shapes[:4]}, the model expects {expected[:4]}")
+        return found
 
     def dense(self, name: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
         """Return a weight as a dense tensor, in ``compute_dtype`` unless another is asked for."""
@@ -117,6 +132,51 @@ class SQFModule(nn.Module):
             weight = held.weight([f.dense(dtype) for f in self.factors(name)])
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps transformers from drawing it at random
         return weight
+
+    def keep(self, runtime: str) -> None:
+        """Run in another way: change the bytes of the parameters to those that it needs. See :func:`set_runtime`."""
+        for name, held in self.held.items():
+            data = getattr(self, name + SUFFIX)
+            if not data.is_meta:  # else offloaded: the bytes come and go, packed
+                if not is_resident(data):  # a file's shapes are not to be trusted: what runs believes the module's
+                    self._checked(name, records(data.detach().cpu(), held.name))
+                data.data = bytes_for(data.detach(), runtime, held.name)
+        self.runtime = runtime
+        self._running.clear()
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        bias = self._parameters["bias"]
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+        if plain(x, bias):
+            return product(self.matrices()[0], x, bias)
+        m, n = self.held["weight"].matrix_shape
+        return linear(x, self._bytes("weight"), bias, m, n, self.runtime, self.compute_dtype)
+
+    def _matrix(self, name: str, index: int, dtype: torch.dtype) -> Tensor:
+        m, n = self.held[name].matrix_shape
+        data = self._bytes(name)
+        if torch.compiler.is_compiling():
+            return matrix(data, index, m, n, self.runtime, dtype, self.compute_dtype)
+        return self.matrices(name)[index].decode(0, m, dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.held:
+            data = self._bytes(name)
+            if is_resident(data):
+                destination[prefix + name + SUFFIX] = packed_bytes(data)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        for name, held in self.held.items():
+            data, key = self._bytes(name), prefix + name + SUFFIX
+            if key in state_dict and not data.is_meta and state_dict[key].dtype == torch.uint8:
+                state_dict[key] = bytes_for(state_dict[key].to(data.device), self.runtime, held.name)
+                if data.shape != state_dict[key].shape:  # another rate: of weights, the matrices' shapes must agree
+                    data.data = torch.empty_like(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
         # transformers resizes embeddings by setting .data of the weight, a passing copy here, and then the size.
@@ -132,17 +192,23 @@ class SQFModule(nn.Module):
             raise TypeError("packed factors must stay uint8; cast floating-point tensors only, as .to(dtype) does")
         super()._apply(fn, recurse)
         self.compute_dtype = fn(torch.empty(1, dtype=self.compute_dtype)).dtype
+        self._running.clear()
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By the class it was made from: the compressed class may exist in this process only.
-        return _blank, (self.base, tuple(self.held)), self.__getstate__()
+        return _blank, (self.base, tuple(self.held)), {**self.__dict__, "_running": {}}
+
+    def packed_size(self, name: str = "weight") -> int:
+        """Return the bytes that a weight takes in a file, whatever it takes in memory."""
+        data = getattr(self, name + SUFFIX)
+        return resident_backend(data)[1] if is_resident(data) else data.numel()
 
     def extra_repr(self) -> str:
         """Return the module's own description with the bits per parameter of each weight."""
         rates = []
         for name, held in self.held.items():
-            bits = 8.0 * getattr(self, name + SUFFIX).numel() / max(math.prod(held.shape), 1)
+            bits = 8.0 * self.packed_size(name) / max(math.prod(held.shape), 1)
             rates.append(f"{name}={bits:.2f} bits")
         return ", ".join(filter(None, [super().extra_repr(), *rates]))
 
@@ -162,7 +228,7 @@ class SQFLinear(SQFModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        return linear(input, self.factors()[0], self.bias)
+        return self._multiply(input)
 
 
 class SQFConv1D(SQFModule, Conv1D):
@@ -175,7 +241,7 @@ class SQFConv1D(SQFModule, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        return linear(x, self.factors()[0], self.bias)
+        return self._multiply(x)
 
 
 class _SQFConv(SQFModule):
@@ -185,7 +251,8 @@ class _SQFConv(SQFModule):
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in, *size) to (batch, out, *size)."""
         bias = self._parameters["bias"]
-        return self._conv_forward(input, self.dense(dtype=input.dtype), None if bias is None else bias.to(input.dtype))
+        weight = self.held["weight"].weight([self._matrix("weight", 0, input.dtype)])
+        return self._conv_forward(input, weight, None if bias is None else bias.to(input.dtype))
 
 
 class SQFConv1d(_SQFConv, nn.Conv1d):
@@ -207,7 +274,10 @@ class SQFEmbedding(SQFModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Integers (...) to (..., embedding_dim)."""
-        return lookup(input, self.factors()[0], self.compute_dtype)
+        n = self.held["weight"].matrix_shape[1]
+        if plain(input):
+            return self.matrices()[0].pick(input.reshape(-1).long(), self.compute_dtype).view(*input.shape, n)
+        return rows(input, self._bytes("weight"), n, self.runtime, self.compute_dtype)
 
 
 class ExpertStack:
@@ -236,9 +306,8 @@ class ExpertStack:
         one = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and index.dtype != torch.bool)
         if not one or getattr(self._module, self._name + SUFFIX).is_meta:
             return self.all()[index]
-        matrix = self._module.factors(self._name)[int(index)].dense(self.dtype)
-        held = self._module.held[self._name]
-        return matrix.T if held.transposed else matrix
+        expert = self._module._matrix(self._name, int(index), self.dtype)
+        return expert.T if self._module.held[self._name].transposed else expert
 
     def all(self) -> Tensor:
         """Return the dense weight of all experts."""
@@ -314,6 +383,8 @@ def compress_module(module: nn.Module, packed: dict[str, tuple[Held, nn.Paramete
         module.register_parameter(name + SUFFIX, parameter)
     module.held = {name: held for name, (held, _) in packed.items()}  # type: ignore[assignment]
     module.compute_dtype = dtype  # type: ignore[assignment]
+    module.runtime = "auto"  # type: ignore[assignment]
+    module._running = {}  # type: ignore[assignment]
     module._is_hf_initialized = True  # type: ignore[assignment]
     module.__class__ = _compressed_class(base, tuple(packed))  # type: ignore[arg-type]  # classes are hashable
 
@@ -334,10 +405,27 @@ def decompress_module(module: SQFModule, dense: dict[nn.Parameter, nn.Parameter]
         weights[name] = dense[packed]
     for name in held:
         del module._parameters[name + SUFFIX]
-    del module.held, module.compute_dtype
+    del module.held, module.compute_dtype, module.runtime, module._running
     module.__class__ = base  # type: ignore[assignment]
     for name, weight in weights.items():
         module.register_parameter(name, weight)
+
+
+def set_runtime(model: nn.Module, runtime: str) -> None:
+    """Change how a compressed model runs, and with it what it keeps in memory; outputs and files stay what they are.
+
+    Args:
+        model: with compressed modules, whose bytes are changed in place. Weights on disk or another device's memory
+            (offloaded) stay packed.
+        runtime: one of :data:`~.sqf_config.RUNTIMES`.
+
+    Raises:
+        ValueError: there is no such runtime, or the bytes of a weight are damaged.
+    """
+    check_runtime(runtime)
+    for module in model.modules():
+        if isinstance(module, SQFModule):
+            module.keep(runtime)
 
 
 @cache

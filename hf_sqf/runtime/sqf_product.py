@@ -1,24 +1,142 @@
-"""Products of inputs with a matrix of factors.
+"""Products of inputs with compressed weights, as operators of torch.
 
-One function for each kind of module. The matrix is decoded in float32, rounded to the input's dtype, and multiplied;
-the output's dtype is the input's.
+Each takes a weight as the one uint8 tensor that a module holds, so that programs that ``torch.compile`` and
+``torch.export`` make treat it as the parameter it is; what it takes to run is found or made at the call
+(:mod:`sqf_backends`). The weight itself is frozen: gradients reach inputs and biases.
+
+In plain inference, modules skip the operators (:func:`plain`): at batch 1 a dispatch costs as much as a product.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .sqf_factors import Factors
+from .sqf_backends import matrices_in
+from .sqf_running import Running
 
 
-def linear(x: Tensor, factors: Factors, bias: Tensor | None = None) -> Tensor:
-    """Return ``x . W^T + bias``: x (..., n) to (..., m), for factors of shape (m, n)."""
-    return F.linear(x, factors.dense(x.dtype), None if bias is None else bias.to(x.dtype))
+def product(matrix: Running, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x . W^T + bias``, (..., n) to (..., m), outside of autograd."""
+    m, n = matrix.shape
+    if x.shape[-1] != n:
+        raise ValueError(f"the last dimension of the input is {x.shape[-1]}, the weight expects {n}")
+    flat = x if x.dim() == 2 and x.is_contiguous() else x.reshape(-1, n).contiguous()
+    if not flat.shape[0]:
+        return x.new_zeros((*x.shape[:-1], m))
+    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+        bias = bias.float().contiguous()
+    y = matrix.multiply(flat, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], m)
 
 
-def lookup(ids: Tensor, factors: Factors, dtype: torch.dtype) -> Tensor:
-    """Return the rows ``ids`` (integers of any shape) of W as (..., n); no other row is decoded."""
-    rows = factors.dense(dtype, rows=ids.reshape(-1))
-    return rows.reshape(*ids.shape, factors.shape[1])
+def plain(x: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether a product with ``x`` is nobody's business but ours: no gradient, compilation, tracing, or subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+@torch.library.custom_op("sqf::linear", mutates_args=())
+def linear(x: Tensor, data: Tensor, bias: Tensor | None, m: int, n: int, runtime: str, dtype: torch.dtype) -> Tensor:
+    """Return ``x . W^T + bias``: x (..., n) to (..., m), in the dtype of x.
+
+    Args:
+        x: floating-point.
+        data: the weight, packed or resident.
+        bias: (m,) or None.
+        m: rows of W.
+        n: columns of W.
+        runtime: see :mod:`sqf_backends`.
+        dtype: of the dense weight that the runtime ``dense`` keeps.
+    """
+    return product(matrices_in(data, runtime, dtype)[0], x, bias)
+
+
+@linear.register_fake
+def _(x: Tensor, data: Tensor, bias: Tensor | None, m: int, n: int, runtime: str, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:-1], m))
+
+
+@torch.library.custom_op("sqf::linear_transposed", mutates_args=())
+def linear_transposed(y: Tensor, data: Tensor, m: int, n: int, runtime: str, dtype: torch.dtype) -> Tensor:
+    """Return ``y . W``: y (..., m) to (..., n), the gradient of :func:`linear` with respect to its input."""
+    flat = y.reshape(-1, m)
+    return matrices_in(data, runtime, dtype)[0].multiply_transposed(flat).view(*y.shape[:-1], n)
+
+
+@linear_transposed.register_fake
+def _(y: Tensor, data: Tensor, m: int, n: int, runtime: str, dtype: torch.dtype) -> Tensor:
+    return y.new_empty((*y.shape[:-1], n))
+
+
+def _linear_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401 (torch's own, not public)
+    x, data, bias, *ctx.rest = inputs
+    ctx.save_for_backward(data)
+    ctx.has_bias = bias is not None
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    (data,) = ctx.saved_tensors
+    inner = linear_transposed(grad, data, *ctx.rest) if ctx.needs_input_grad[0] else None
+    bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+    return inner, None, bias, None, None, None, None
+
+
+def _transposed_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401
+    _, data, *ctx.rest = inputs
+    ctx.save_for_backward(data)
+
+
+def _transposed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    (data,) = ctx.saved_tensors
+    return linear(grad, data, None, *ctx.rest), None, None, None, None, None
+
+
+linear.register_autograd(_linear_backward, setup_context=_linear_context)
+linear_transposed.register_autograd(_transposed_backward, setup_context=_transposed_context)
+
+
+@torch.library.custom_op("sqf::rows", mutates_args=())
+def rows(ids: Tensor, data: Tensor, n: int, runtime: str, dtype: torch.dtype) -> Tensor:
+    """Return the rows ``ids`` (integers of any shape) of W as (..., n); no other is decoded.
+
+    Raises:
+        IndexError: an index is out of range.
+    """
+    flat = ids.reshape(-1).long()
+    return matrices_in(data, runtime, dtype)[0].pick(flat, dtype).view(*ids.shape, n)
+
+
+@rows.register_fake
+def _(ids: Tensor, data: Tensor, n: int, runtime: str, dtype: torch.dtype) -> Tensor:
+    return data.new_empty((*ids.shape, n), dtype=dtype)
+
+
+@torch.library.custom_op("sqf::matrix", mutates_args=())
+def matrix(data: Tensor, index: int, m: int, n: int, runtime: str, dtype: torch.dtype, keep: torch.dtype) -> Tensor:
+    """Return the dense matrix with a given index, of a stack of experts for one, as (m, n).
+
+    Args:
+        data: the weight.
+        index: of the matrix.
+        m: rows.
+        n: columns.
+        runtime: see :mod:`sqf_backends`.
+        dtype: of the result.
+        keep: of the dense weight that the runtime ``dense`` keeps.
+    """
+    found = matrices_in(data, runtime, keep)[index].decode(0, m, dtype)
+    return found.clone() if runtime == "dense" else found  # an operator's output must be its own
+
+
+@matrix.register_fake
+def _(data: Tensor, index: int, m: int, n: int, runtime: str, dtype: torch.dtype, keep: torch.dtype) -> Tensor:
+    return data.new_empty((m, n), dtype=dtype)

@@ -18,7 +18,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from .sqf_config import QUANT_METHOD, SQFConfig
-from .sqf_modules import SUFFIX, Held, SQFModule, compress_module, decompress_module, weights_of
+from .sqf_modules import SUFFIX, Held, SQFModule, compress_module, decompress_module, set_runtime, weights_of
 
 COMPANIONS: dict[str, tuple[Callable[[PreTrainedModel], None], Callable[[PreTrainedModel], None]]] = {}
 """Who else has a part in a compressed model: name -> what to call once it is one, and once it is one no longer."""
@@ -63,7 +63,7 @@ class SQFQuantizer(HfQuantizer):
         if self.pre_quantized and self.quantization_config.dequantize:
             decompress(model)
         else:
-            settle(model)
+            settle(model, self.quantization_config.runtime)
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         """Leave no trace of the method in a model that has been decoded."""
@@ -115,8 +115,9 @@ def register(quantizer: type[SQFQuantizer] = SQFQuantizer) -> None:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*known, SQFConfig)  # type: ignore[assignment]
 
 
-def settle(model: PreTrainedModel) -> None:
-    """Call the :data:`COMPANIONS` for a model that has become a compressed one."""
+def settle(model: PreTrainedModel, runtime: str) -> None:
+    """Have a model that has become a compressed one run as asked for, and call the :data:`COMPANIONS` for it."""
+    set_runtime(model, runtime)
     for attach, _ in COMPANIONS.values():
         attach(model)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .sqf_factors import Factors, Term
 from .sqf_integers import Integers, kind_for, store
-from .sqf_kernels import INT4, INT8, NONE
 from .sqf_running import Grid, OneHot, Running, Sum, TwoFactor
+from .sqf_vectors import INT4, INT8
 
 MAGIC = b"SQF-resident\0\0\0\0"
 _ALIGNED = 64
@@ -34,16 +34,17 @@ def is_resident(data: Tensor) -> bool:
     return data.numel() >= size and not data.is_meta and bytes(data[:size].cpu().numpy()) == MAGIC
 
 
-def lay_out(matrices: Sequence[Factors], backend: str) -> Tensor:
+def lay_out(matrices: Sequence[Factors], backend: str, packed_size: int = 0) -> Tensor:
     """Return the resident bytes of a weight: one matrix, or one per expert.
 
     Args:
         matrices: with their codes on the CPU.
         backend: ``"int4"`` (two codes a byte where nearly all of them fit, else a byte each) or ``"int8"``.
+        packed_size: bytes that the weight takes when packed, to remember.
     """
     arrays: list[Tensor] = []
     records = [_record(f, _BACKENDS[backend], arrays) for f in matrices]
-    header = json.dumps(records).encode()
+    header = json.dumps({"backend": backend, "packed_size": packed_size, "matrices": records}).encode()
     start = _rounded(len(MAGIC) + 8 + len(header))
     ends, size = [], start
     for array in arrays:
@@ -111,7 +112,7 @@ class _Reader:
     def __init__(self, data: Tensor) -> None:
         start = len(MAGIC) + 8
         length = int.from_bytes(bytes(data[len(MAGIC) : start].cpu().numpy()), "little")
-        self.records = json.loads(bytes(data[start : start + length].cpu().numpy()))
+        self.header = json.loads(bytes(data[start : start + length].cpu().numpy()))
         self.data, self.at = data, _rounded(start + length)
 
     def take(self, name: str, count: int) -> Tensor:
@@ -128,11 +129,17 @@ class _Reader:
         return Integers((shape[0], shape[1]), kind, {k: self.take(*v) for k, v in arrays.items()}, steps, rows)
 
 
+def resident_backend(data: Tensor) -> tuple[str, int]:
+    """Return the backend that bytes were laid out for, and their size when packed."""
+    header = _Reader(data).header
+    return header["backend"], header["packed_size"]
+
+
 def resident_factors(data: Tensor) -> list[Factors]:
     """Return what :func:`lay_out` was given."""
     reader = _Reader(data)
     matrices = []
-    for record in reader.records:
+    for record in reader.header["matrices"]:
         terms = []
         for t in record["terms"]:
             steps, rows = reader.take(*t["steps"]).to(torch.int32), reader.take(*t["rows"]).to(torch.int32)
@@ -146,7 +153,8 @@ def resident_factors(data: Tensor) -> list[Factors]:
             if "atoms" in t:
                 atoms = reader.integers(t["atoms"], one, one).codes()
                 codes = codes if "indices" in t else codes.reshape(-1, atoms.shape[0])
-            terms.append(Term(codes, t["scale"], steps, rows, atoms, *t["resolutions"], "indices" in t, t["trellis"]))
+            by_step, by_row = t["resolutions"]
+            terms.append(Term(codes, t["scale"], steps, rows, atoms, by_step, by_row, "indices" in t, t["trellis"]))
         shape = record["shape"]
         matrices.append(Factors((shape[0], shape[1]), record["structure"], tuple(terms)))
     return matrices
@@ -155,7 +163,7 @@ def resident_factors(data: Tensor) -> list[Factors]:
 def resident_matrices(data: Tensor) -> list[Running]:
     """Return the matrices of a weight, ready to be multiplied; they read from ``data``, which they keep."""
     reader = _Reader(data)
-    return [_running(record, reader) for record in reader.records]
+    return [_running(record, reader) for record in reader.header["matrices"]]
 
 
 def _running(record: dict[str, Any], reader: _Reader) -> Running:

@@ -171,8 +171,8 @@ class OneHot(Running):
         single = torch.nn.functional.pad(x.float(), (0, self.blocks * width - n)).view(self.blocks, width)
         table = torch.mm(single, self.codebook.T)
         y = torch.empty(m)
-        indices, rows = self.indices.view(m, self.blocks), self.rows.view(-1, 1 if self.rows.numel() == 1 else self.blocks)
-        sum_up(table.numpy(), indices.numpy(), rows.numpy(), y.numpy())
+        rows = self.rows.view(-1, 1 if self.rows.numel() == 1 else self.blocks)
+        sum_up(table.numpy(), self.indices.view(m, self.blocks).numpy(), rows.numpy(), y.numpy())
         return (y if bias is None else y.add_(bias)).to(x.dtype)[None]
 
 

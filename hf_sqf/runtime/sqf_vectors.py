@@ -120,7 +120,7 @@ def _store_sums(builder: Any, add: Any, vectors: list[Any], lanes: int, out: Any
         level += [None] * (lanes - len(level))
         group = 1
         while len(level) > 1:
-            level = [_joined(builder, add, *level[i : i + 2], lanes, group) for i in range(0, len(level), 2)]
+            level = [_joined(builder, add, level[i], level[i + 1], lanes, group) for i in range(0, len(level), 2)]
             group *= 2
         at = builder.add(out, ir.IntType(64)(4 * start))
         builder.store(level[0], builder.inttoptr(at, level[0].type.as_pointer())).align = 4
@@ -181,7 +181,7 @@ def byte_dots(kind: int, rows: int, batch: int) -> Any:  # noqa: ANN401
     """Return the dot products of ``rows`` rows of codes, made unsigned by 8 or 128, with ``batch`` rows of integers.
 
     The integers come as three planes of signed digits to the base 256, least first, and for 4-bit codes as three more
-    for the columns of the high halves; ``plane`` is the planes' distance. Results: int32 (rows, batch, 3 digits), exact.
+    for the columns of the high halves; ``plane`` is the planes' distance. Results: int32 (rows, batch, digits), exact.
     """
 
     def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401

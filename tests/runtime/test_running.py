@@ -9,8 +9,8 @@ from hf_sqf.runtime import sqf_integers, sqf_kernels
 from hf_sqf.runtime.sqf_container import pack
 from hf_sqf.runtime.sqf_factors import Factors, Term
 from hf_sqf.runtime.sqf_integers import Integers, kind_for, store
-from hf_sqf.runtime.sqf_kernels import INT4, INT8, INT16, NONE
 from hf_sqf.runtime.sqf_resident import is_resident, lay_out, resident_factors, resident_matrices
+from hf_sqf.runtime.sqf_vectors import INT4, INT8, INT16, NONE
 
 STRUCTURES = ["grid", "wide grid", "svd", "sparse_pca", "vq", "padded vq", "scaled vq", "pgd", "scaled pgd", "svd+grid"]
 SHAPES = [(1, 1), (5, 7), (64, 96), (130, 67), (257, 320)]
