@@ -10,9 +10,10 @@ from .hub import saving as _saving  # noqa: F401  (so that saved models bring a 
 from .runtime import sqf_hub as _sqf_hub  # noqa: F401  (so that saved models bring the code that loads them)
 from .runtime.sqf_config import SQFConfig
 from .runtime.sqf_factors import Factors
+from .runtime.sqf_modules import set_runtime
 from .runtime.sqf_quantizer import register
 
 register(CompressingQuantizer)
 
 __version__ = "0.1.0"
-__all__ = ["Factors", "SQFConfig", "compress", "dequantize", "factorize"]
+__all__ = ["Factors", "SQFConfig", "compress", "dequantize", "factorize", "set_runtime"]
