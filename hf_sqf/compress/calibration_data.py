@@ -26,6 +26,7 @@ SELF = "self"
 HELD_OUT = 8
 """One of so many inputs is held out to choose shrinkage on."""
 _MASKED = 0.15  # share of masked tokens, as masked language models are trained
+_WRITTEN = 256  # tokens of a text that the model writes, at most: generation slows down as texts grow
 _LOOK = 8  # texts are read until there are so many times the tokens that are wanted
 _LIBRARY = ("argparse", "collections", "csv", "datetime", "decimal", "difflib", "email", "fractions", "http", "imaplib",
             "json", "logging", "mailbox", "pathlib", "random", "sched", "shutil", "statistics", "string", "tarfile",
@@ -79,7 +80,7 @@ def calibration(
         held_out += found.held_out
     if own_text or not sources:
         if model.can_generate() and not model.config.is_encoder_decoder:
-            own = [{"input_ids": ids[None]} for ids in write(model, tokenizer, samples, context, seed)]
+            own = [{"input_ids": ids[None]} for ids in write(model, tokenizer, samples, min(context, _WRITTEN), seed)]
         else:
             own = encode(model, tokenizer, library_text(), samples, context, seed)
         found = _hold_out(own)
