@@ -19,7 +19,7 @@ from ..runtime.sqf_codec import chunk_rows, contexts_of
 from ..runtime.sqf_factors import Factors
 from ..runtime.sqf_models import LARGEST, PROBABILITY_BITS
 from ..runtime.sqf_rans import Contexts
-from .grid import grid_scales
+from .grid import distance, grid_scales, narrow
 from .metric import Metric
 from .rate import term_bits
 from .rounding import cancel_and_round, interference
@@ -74,7 +74,7 @@ def round_along_trellis(
     cholesky: Tensor | None,
     states: int,
 ) -> Tensor:
-    """Return the fine-grid integers u of ``W ~ diag(rows) u diag(steps)``, int32 (m, n), on a path of the machine.
+    """Return the fine-grid integers u of ``W ~ diag(rows) u diag(steps)``, (m, n), on a path of the machine.
 
     Args:
         weight: W, (m, n).
@@ -83,24 +83,28 @@ def round_along_trellis(
         cholesky: lower factor of H, (n, n); None for the identity, where columns do not touch.
         states: of the machine.
     """
-    values = weight.float() / (rows.float()[:, None] * steps.float())
     couplings = None if cholesky is None else interference(cholesky, steps)
-    codes, machine = values.round().to(torch.int32).numpy(), 0
-    for following in (FIRST_STATES, states):
-        prices = Prices.of(contexts_of(codes, trellis=machine))
-        codes, machine = _pass(values, couplings, prices, following), following
-    return torch.from_numpy(codes)
+    height = chunk_rows(*weight.shape)  # rows do not touch, and the machine starts anew here anyway
+    parts = []
+    for part, scales in zip(weight.split(height), rows.expand(len(weight)).split(height), strict=True):
+        values = part.float() / (scales.float()[:, None] * steps.float())
+        codes, machine = values.round().to(torch.int32).numpy(), 0
+        for following in (FIRST_STATES, states):
+            prices = Prices.of(contexts_of(codes, trellis=machine))
+            codes, machine = _pass(values, couplings, prices, following), following
+        parts.append(narrow(torch.from_numpy(codes)))
+    return torch.cat(parts)
 
 
 def _pass(values: Tensor, couplings: Tensor | None, prices: Prices, states: int) -> NDArray[np.int32]:
     """Round all columns along their best paths at these prices; int32 (m, n)."""
     m, n = values.shape
     grid, ways = trellis(states)
-    restart, price = chunk_rows(m, n), np.float32(PRICE)
+    price = np.float32(PRICE)
     codes = np.empty((n, m), np.int32)
 
     def column(targets: NDArray[np.float32], j: int) -> None:
-        viterbi(targets, prices.classes(j), prices.rates, price, grid, ways, restart, codes[j])
+        viterbi(targets, prices.classes(j), prices.rates, price, grid, ways, codes[j])
 
     if couplings is not None:
 
@@ -130,5 +134,5 @@ def solve_dependent(weight: Tensor, metric: Metric, step: float, states: int) ->
     codes = round_along_trellis(weight, scales.step_values(), scales.row_values(), lower, states)
     term = replace(scales.term(codes), trellis=states)
     factors = Factors((weight.shape[0], weight.shape[1]), "grid", (term,))
-    distortion = metric.distance(weight, factors.dense())
+    distortion = distance(weight, term, metric)
     return Solution(factors, distortion, term_bits(term), trace=(distortion,), start="identity")

@@ -94,7 +94,7 @@ def solve_grid(weight: Tensor, metric: Metric, step: float, sparse: bool = False
         codes = _round_to_nearest(weight, metric, scales)
     term = scales.term(codes)
     factors = Factors((weight.shape[0], weight.shape[1]), "pgd" if sparse else "grid", (term,))
-    distortion = _distance(weight, term, metric)
+    distortion = distance(weight, term, metric)
     return Solution(factors, distortion, term_bits(term), trace=(distortion,), start="identity")
 
 
@@ -116,7 +116,8 @@ def _round_to_nearest(weight: Tensor, metric: Metric, scales: Scales) -> Tensor:
     )
 
 
-def _distance(weight: Tensor, term: Term, metric: Metric) -> float:
+def distance(weight: Tensor, term: Term, metric: Metric) -> float:
+    """Return ``metric.distance(weight, term.dense())``, some rows at a time."""
     total = 0.0
     for some in _row_blocks(weight):
         part = Metric(metric.H, None if metric.g is None else _of_rows(metric.g, some))

@@ -87,7 +87,6 @@ def viterbi(
     price: np.float32,
     grid: NDArray[np.uint32],
     ways: NDArray[np.uint32],
-    restart: int,
     out: NDArray[np.int32],
 ) -> float:
     """Write the fine-grid integers of the best path into ``out``; return its cost.
@@ -99,42 +98,36 @@ def viterbi(
             larger codes cost what A costs.
         price: float32, lambda: squared fine steps a bit.
         grid, ways: a :class:`Trellis`.
-        restart: the machine goes back to state 0 every so many rows.
         out: int32 (m,).
     """
-    states = grid.shape[0]
-    height = min(restart, targets.shape[0])
-    entered = np.empty((height, states), np.uint8)
-    codes = np.empty((height, 4), np.int32)
+    rows, states = targets.shape[0], grid.shape[0]
+    entered = np.empty((rows, states), np.uint8)
+    codes = np.empty((rows, 4), np.int32)
     costs = np.empty(4, np.float32)
-    total = np.empty(states, np.float32)
+    total = np.full(states, FAR)
+    total[0] = 0
     arriving = np.empty(2 * states, np.float32)
     path_cost = 0.0
-    for top in range(0, targets.shape[0], restart):
-        rows = min(restart, targets.shape[0] - top)
-        total[:] = FAR
-        total[0] = 0
-        for i in range(rows):
-            _candidates(targets[top + i], rates[classes[top + i]], price, costs, codes[i])
+    for i in range(rows):
+        _candidates(targets[i], rates[classes[i]], price, costs, codes[i])
+        for s in range(states):
+            arriving[s] = total[s] + (costs[2] if grid[s] else costs[0])
+            arriving[states + s] = total[s] + (costs[3] if grid[s] else costs[1])
+        for s in range(states):
+            first = arriving[ways[0, s]]
+            second = arriving[ways[1, s]]
+            entered[i, s] = second < first
+            total[s] = min(first, second)
+        if i % 16 == 15 or i == rows - 1:
+            # Keeping the least near zero keeps float32 exact enough on columns of any length.
+            least = total.min()
+            path_cost += least
             for s in range(states):
-                arriving[s] = total[s] + (costs[2] if grid[s] else costs[0])
-                arriving[states + s] = total[s] + (costs[3] if grid[s] else costs[1])
-            for s in range(states):
-                first = arriving[ways[0, s]]
-                second = arriving[ways[1, s]]
-                entered[i, s] = second < first
-                total[s] = min(first, second)
-            if i % 16 == 15 or i == rows - 1:
-                # Keeping the least near zero keeps float32 exact enough on columns of any length.
-                least = total.min()
-                path_cost += least
-                for s in range(states):
-                    total[s] -= least
-        state = np.argmin(total)
-        for i in range(rows - 1, -1, -1):
-            way = ways[entered[i, state], state]
-            state = way % states
-            branch = 2 * grid[state] + way // states
-            k = codes[i, branch]
-            out[top + i] = 2 * k - np.sign(k) * np.int32(grid[state])
+                total[s] -= least
+    state = np.argmin(total)
+    for i in range(rows - 1, -1, -1):
+        way = ways[entered[i, state], state]
+        state = way % states
+        k = codes[i, 2 * grid[state] + way // states]
+        out[i] = 2 * k - np.sign(k) * np.int32(grid[state])
     return path_cost

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from hf_sqf.compress.trellis import trellis, viterbi
 from hf_sqf.runtime.sqf_trellis import TRELLIS_STATES, machine
 
-WHOLE = 1 << 30
-
 
 def geometric_rates(classes: int = 1, size: int = 40) -> np.ndarray:
     """Bits of a code that grow by one with its magnitude; nonzeros pay a bit for the sign."""
@@ -19,12 +17,12 @@ def geometric_rates(classes: int = 1, size: int = 40) -> np.ndarray:
     return np.tile(bits, (classes, 2, 1)).astype(np.float32)
 
 
-def best_path(targets, price, states, rates=None, classes=None, restart=WHOLE):
+def best_path(targets, price, states, rates=None, classes=None):
     targets = np.asarray(targets, np.float32)
     out = np.empty(len(targets), np.int32)
     rates = geometric_rates() if rates is None else rates
     classes = np.zeros(len(targets), np.int32) if classes is None else classes
-    cost = viterbi(targets, classes, rates, np.float32(price), *trellis(states), restart, out)
+    cost = viterbi(targets, classes, rates, np.float32(price), *trellis(states), out)
     return out, cost
 
 
@@ -32,12 +30,11 @@ def point(k: int, grid: int) -> int:
     return 2 * k - int(np.sign(k)) * grid
 
 
-def codes_of(out, states, restart=WHOLE):
+def codes_of(out, states):
     """Run the machine down the fine-grid integers; fail where one does not lie on its grid."""
     next_state, grid = machine(states)
     state, codes = 0, []
-    for i, u in enumerate(out.tolist()):
-        state = 0 if i % restart == 0 else state
+    for u in out.tolist():
         k = (abs(u) + int(grid[state])) // 2 * (1 if u > 0 else -1)
         assert point(k, grid[state]) == u
         codes.append((k, int(grid[state])))
@@ -80,15 +77,13 @@ def test_unknown_number_of_states():
     st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=60),
     st.sampled_from([0.0, 0.35, 2.0]),
     st.sampled_from(TRELLIS_STATES[:5]),
-    st.sampled_from([1, 7, WHOLE]),
 )
-def test_path_is_valid_costs_what_it_says_and_beats_the_greedy_one(targets, price, states, restart):
-    out, cost = best_path(targets, price, states, restart=restart)
-    codes = codes_of(out, states, restart)
+def test_path_is_valid_costs_what_it_says_and_beats_the_greedy_one(targets, price, states):
+    out, cost = best_path(targets, price, states)
+    codes = codes_of(out, states)
     assert cost == pytest.approx(cost_of(targets, codes, price, geometric_rates()), rel=1e-4, abs=1e-3)
-    if restart == WHOLE:
-        greedy = cost_of(targets, greedy_path(targets, price, states, geometric_rates()), price, geometric_rates())
-        assert cost <= greedy * (1 + 1e-5) + 1e-4
+    greedy = cost_of(targets, greedy_path(targets, price, states, geometric_rates()), price, geometric_rates())
+    assert cost <= greedy * (1 + 1e-5) + 1e-4
 
 
 @pytest.mark.parametrize("price", [0.0, 0.5, 3.0])
