@@ -51,6 +51,13 @@ class TermHeader:
         """Whether the codes are indices."""
         return bool(self.flags & _ONE_HOT)
 
+    def priors(self, rows: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Return what the codes' models know of the scales: quarter octaves of the rows and of the columns."""
+        return (
+            _quarter_octaves(rows, self.row_resolution) if self.flags & _ROW_PRIOR else None,
+            _quarter_octaves(steps, self.step_resolution) if self.flags & _COL_PRIOR else None,
+        )
+
 
 @dataclass(frozen=True)
 class Record:
@@ -80,8 +87,10 @@ class Record:
             device: where the torch backend works.
 
         Raises:
-            ValueError: the bytes are damaged; names the tensor.
+            ValueError: the bytes are damaged, or have no such rows; names the tensor.
         """
+        if not 0 <= first <= last <= self.shape[0]:
+            raise ValueError(f"{self.name}: rows {first}..{last} are not among {self.shape[0]}")
         try:
             terms = tuple(_decode_term(t, self.shape, slice(first, last), backend, device) for t in self.terms)
         except ValueError as error:
@@ -296,13 +305,12 @@ def _decode_term(
     steps = decode_integers(head.steps, (1, 1 if head.flags & _ONE_STEP else head.atom_count))[0].astype(np.int32)
     rows = decode_integers(head.rows, (1, 1 if head.flags & _ONE_ROW else lines))[0].astype(np.int32)
     if head.one_hot:
-        codes = decode_indices(head.codes, lines, head.atom_count, backend, device)[chosen]
+        codes = decode_indices(head.codes, lines, head.atom_count, backend, chosen, device)
     else:
         codes = decode_integers(
             head.codes,
             (lines, head.atom_count),
-            _quarter_octaves(rows, head.row_resolution) if head.flags & _ROW_PRIOR else None,
-            _quarter_octaves(steps, head.step_resolution) if head.flags & _COL_PRIOR else None,
+            *head.priors(rows, steps),
             head.trellis,
             backend,
             chosen,

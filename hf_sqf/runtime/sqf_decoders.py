@@ -297,10 +297,10 @@ def _decoder(
         if not HAVE_NUMBA:
             raise ValueError("backend 'numba' needs the package numba, which is not installed")
         return _Compiled(contexts, parity)
+    if backend == "reference" or (backend in ("numpy", "torch") and lanes < _FEW_LANES):
+        return _Reference(contexts, parity)
     if backend == "torch":
         return _Torch(contexts, parity, device)
-    if backend == "reference" or (backend == "numpy" and lanes < _FEW_LANES):
-        return _Reference(contexts, parity)
     if backend == "numpy":
         return _Vectors(contexts, parity)
     raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")

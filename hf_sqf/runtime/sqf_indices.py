@@ -19,6 +19,7 @@ from .sqf_streams import SYMBOLS_PER_BYTE, lanes_for, read_sizes, read_stream, w
 from .sqf_symbols import CHUNK
 
 _FLAT, _TABLE = 0, 1
+_EQUAL_LIMIT = 1 << 24  # the most indices into a dictionary of one atom
 _UNUSED = 127  # the table's entry of an index that does not occur; others are below
 _EIGHTHS = tuple(float(x) for x in (
     1.0, 0.9170040432046712, 0.8408964152537145, 0.7711054127039704,
@@ -95,43 +96,61 @@ def encode_indices(indices: np.ndarray, atoms: int, compiled: bool = HAVE_NUMBA)
 
 
 def decode_indices(
-    data: bytes | memoryview, count: int, atoms: int, backend: str = "auto", device: torch.device | str = "cpu"
+    data: bytes | memoryview,
+    count: int,
+    atoms: int,
+    backend: str = "auto",
+    rows: slice | None = None,
+    device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """Return the indices of :func:`encode_indices`, int16 (count,), or int32 where ``atoms`` asks for it.
+    """Return the indices of :func:`encode_indices`: int16, or int32 where ``atoms`` asks for it.
+
+    Args:
+        data: exactly the bytes of one sequence.
+        count: its length.
+        atoms: number of atoms K.
+        backend: implementation, one of :data:`hf_sqf.runtime.sqf_decoders.BACKENDS`.
+        rows: decode only the chunks that hold this range of the indices, and return the range.
+        device: where the torch backend works.
 
     Raises:
         ValueError: the bytes are damaged.
     """
     dtype = np.int16 if atoms <= 1 << 15 else np.int32
+    start, stop = (0, count) if rows is None else (rows.start, rows.stop)
     reader = Reader(data)
     if atoms == 1 or count == 0:
         reader.end()
-        if count > 1 << 24:
+        if count > _EQUAL_LIMIT:
             raise ValueError(f"{count} equal indices")
-        return np.zeros(count, dtype)
+        return np.zeros(stop - start, dtype)
     if atoms < 1 or count > reader.left * SYMBOLS_PER_BYTE:
         raise ValueError(f"{reader.left} bytes cannot hold {count} indices")
     shift, symbols = _split(atoms)
-    kind = reader.byte()
-    levels = np.zeros(symbols, np.int64)
-    if kind == _TABLE:
-        levels = np.cumsum(decode_integers(reader.block(), (1, symbols))[0].astype(np.int64))
-        if levels.min() < 0 or levels.max() > _UNUSED or levels.min() == _UNUSED:
-            raise ValueError("a table of frequencies is damaged")
-    elif kind != _FLAT:
-        raise ValueError("indices are coded in a way that this version does not know")
-    frequencies = _frequencies(levels)
-    sizes = []
-    for first in range(0, count, CHUNK):
-        length = min(CHUNK, count - first)
-        sizes.append((length, read_sizes(reader, length, length)))
-    parts = []
-    for length, size in sizes:
-        symbol = decode(read_stream(reader, size), _contexts(frequencies, length), None, backend, device)
-        low = unpack_bits(reader.raw(packed_size(shift, length)), shift, length)
-        parts.append((symbol.astype(np.int32) + 128 << shift | low.astype(np.int32)).astype(np.int32))
+    frequencies = _frequencies(_read_levels(reader, symbols))
+    chunks = [(first, min(CHUNK, count - first)) for first in range(0, count, CHUNK)]
+    sizes = [read_sizes(reader, length, length) for _, length in chunks]
+    parts = [np.zeros(0, np.int64)]
+    for (first, length), size in zip(chunks, sizes, strict=True):
+        stream, plane = read_stream(reader, size), reader.raw(packed_size(shift, length))
+        if first < stop and first + length > start:
+            symbol = decode(stream, _contexts(frequencies, length), None, backend, device).astype(np.int64) + 128
+            indices = symbol << shift | unpack_bits(plane, shift, length)
+            parts.append(indices[max(start - first, 0) : stop - first])
     reader.end()
-    indices = np.concatenate(parts)
-    if indices.max() >= atoms:
+    found = np.concatenate(parts)
+    if found.max(initial=0) >= atoms:
         raise ValueError("an index is out of range")
-    return indices.astype(dtype)
+    return found.astype(dtype)
+
+
+def _read_levels(reader: Reader, symbols: int) -> np.ndarray:
+    kind = reader.byte()
+    if kind == _FLAT:
+        return np.zeros(symbols, np.int64)
+    if kind != _TABLE:
+        raise ValueError("indices are coded in a way that this version does not know")
+    levels = np.cumsum(decode_integers(reader.block(), (1, symbols))[0].astype(np.int64))
+    if levels.min() < 0 or levels.max() > _UNUSED or levels.min() == _UNUSED:
+        raise ValueError("a table of frequencies is damaged")
+    return levels

@@ -52,9 +52,11 @@ _SHAPES = (  # beta * 4, and the mean of |x| at alpha = 1: Gamma(2 / beta) / Gam
     (10, 0.524863),
     (12, 0.505468),
     (16, 0.488871),
+    (32, 0.481237),
+    (64, 0.486648),
 )
 SHAPES = len(_SHAPES)
-"""Number of shapes, from heavy (beta = 1/2) to light tails (beta = 4)."""
+"""Number of shapes, from heavy tails (beta = 1/2) to nearly none (beta = 16)."""
 ZEROS = 16
 """Values of ``zero``: -4..11 eighths of an octave."""
 _ZERO_BIAS = 4
