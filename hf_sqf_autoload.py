@@ -9,14 +9,18 @@ for the method is hf_sqf imported.
 A module of its own, outside the package: importing the package imports torch.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # typing's own would have to be imported
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 SWITCH = "HF_SQF_AUTOLOAD"
 WATCHED = "transformers.quantizers.auto"
@@ -33,7 +37,7 @@ def install() -> None:
         sys.meta_path.insert(0, Watcher())
 
 
-class Watcher(MetaPathFinder):
+class Watcher:
     """Finds nothing itself; lets one module be found as ever, and calls :func:`announce` once it has run."""
 
     def find_spec(
@@ -42,8 +46,7 @@ class Watcher(MetaPathFinder):
         """Return None for every module but the one that is watched."""
         if fullname != WATCHED:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec

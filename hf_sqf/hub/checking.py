@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from ..report.fidelity import TEXTS, Inputs, compare, default_texts, random_inputs, text_inputs
 from ..runtime.sqf_config import SQFConfig
@@ -133,7 +134,10 @@ def _load(model: PreTrainedModel, where: str) -> PreTrainedModel:
 
 
 def _tokenizer(where: str) -> PreTrainedTokenizerBase | None:
-    try:
-        return AutoTokenizer.from_pretrained(where, local_files_only=True)
-    except (OSError, ValueError, KeyError):  # none there, or none that goes with this kind of model
+    if not where:
         return None
+    # Where there is none, transformers makes one up for many kinds of models, with special tokens and nothing else.
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(where, "tokenizer_config.json", local_files_only=True, **quiet) is None:
+        return None
+    return AutoTokenizer.from_pretrained(where, local_files_only=True)

@@ -1,4 +1,4 @@
-"""A Hub on loopback, and processes that talk to it and to nothing else."""
+"""A Hub on loopback, processes that talk to it and to nothing else, and a small model to share."""
 
 import os
 import subprocess
@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_sqf import SQFConfig, compress
 from tests.hub.server import OWNER_TOKEN, HubServer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -36,7 +42,8 @@ def run(hub: HubServer, tmp_path: Path) -> Callable[..., subprocess.CompletedPro
         fails: bool = False,
         **env: str,
     ) -> subprocess.CompletedProcess[str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "SQF_", "TRANSFORMERS_"))}
+        foreign = ("HF_", "HUGGING", "SQF_", "TRANSFORMERS_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         kept |= {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / home),
@@ -61,3 +68,31 @@ def run(hub: HubServer, tmp_path: Path) -> Callable[..., subprocess.CompletedPro
         return done
 
     return start
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random language model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("original") / "tiny-llama"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=128, max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    words = Tokenizer(
+        WordLevel({word: i for i, word in enumerate(["?", "the", "a", "of", "and", "is"])}, unk_token="?")
+    )
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(original: Path) -> PreTrainedModel:
+    """The model of that folder, compressed to six bits."""
+    return compress(LlamaForCausalLM.from_pretrained(original), SQFConfig(bits=6, structure="grid"))
+
+
+@pytest.fixture
+def small(model: PreTrainedModel, tmp_path: Path) -> Path:
+    """A folder that the compressed model was saved to."""
+    model.save_pretrained(tmp_path / "small")
+    return tmp_path / "small"

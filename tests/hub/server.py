@@ -204,6 +204,17 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{repo}/commit/{sha}"
         return self.reply(200, {"success": True, "commitOid": sha, "commitUrl": url, "pullRequestUrl": None})
 
+    def settings(self, repo: str) -> None:
+        target = self.writable(repo)
+        if target is not None:
+            target.gated = bool(json.loads(self.body).get("gated"))
+            self.reply(200, {})
+
+    def order_faults(self) -> None:
+        """What the Hub does not have: the client under test says what shall fail next."""
+        self.hub.faults = [Fault(**fault) for fault in json.loads(self.body)]
+        self.reply(200)
+
     def branch(self, repo: str, revision: str) -> None:
         target = self.writable(repo)
         if target is not None:
@@ -259,6 +270,8 @@ Handler.routes = [
         ("PUT", "/objects/(?P<sha256>[0-9a-f]{64})", Handler.put),
         ("POST", f"/api/models/{REPO}/commit/{REVISION}", Handler.commit),
         ("POST", f"/api/models/{REPO}/branch/{REVISION}", Handler.branch),
+        ("PUT", f"/api/models/{REPO}/settings", Handler.settings),
+        ("POST", "/tests/faults", Handler.order_faults),
         ("GET", f"/api/models/{REPO}", Handler.info),
         ("GET", f"/api/models/{REPO}/revision/{REVISION}", Handler.info),
         ("GET", f"/api/models/{REPO}/tree/{REVISION}", Handler.listing),

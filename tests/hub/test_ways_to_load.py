@@ -139,7 +139,9 @@ def site(tmp_path: Path) -> Path:
     info = folder / "hf_sqf-0.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hf-sqf\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text("".join(f"[{group}]\n{lines}\n".replace('"', "") for group, lines in declared))
+    (info / "entry_points.txt").write_text(
+        "".join(f"[{group}]\n{lines}\n".replace('"', "") for group, lines in declared)
+    )
     return folder
 
 
