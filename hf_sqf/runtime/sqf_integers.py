@@ -30,8 +30,6 @@ FEW = {NONE: 8, INT4: 16, INT8: 32, INT16: 16, INT32: 0}
 """Rows of input up to which multiplying the codes is faster than decoding them; recipes/speed.py measures it."""
 _TILE = 1 << 18
 """Decoded entries that stay in a processor's own cache until they are multiplied."""
-_THREAD_WORK = 1 << 16
-"""Products that are worth a thread: waking one costs some microseconds."""
 _COMPILED = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
@@ -45,12 +43,13 @@ def kind_for(codes: Tensor, smallest: int, columns: int, sparse: bool = False) -
         sparse: prefer the smaller of sparse and dense storage to the faster.
     """
     indexed = columns <= 1 << 16
-    largest = int(codes.abs().max()) if codes.numel() else 0
+    largest = max(-int(codes.min()), int(codes.max())) if codes.numel() else 0
     nonzeros = int(torch.count_nonzero(codes))
     for kind in (INT4, INT8, INT16):
         if kind < smallest:
             continue
-        outside = 0 if largest <= _RANGES[kind] else int((codes.abs() > _RANGES[kind]).sum())
+        bound = _RANGES[kind]
+        outside = 0 if largest <= bound else int(((codes > bound) | (codes < -bound)).sum())
         if not outside or (indexed and largest <= 32767 and outside <= _REMAINDER.get(kind, 0.0) * codes.numel()):
             break
     else:
@@ -64,15 +63,16 @@ def store(codes: Tensor, kind: int) -> dict[str, Tensor]:
     m, n = codes.shape
     arrays, excess = {}, codes
     if kind != NONE:
-        bound = _RANGES.get(kind)
-        inside = codes if bound is None else codes.clamp(-bound, bound)
+        bound = min(_RANGES.get(kind, 2**31 - 1), torch.iinfo(codes.dtype).max)
+        inside = codes.clamp(-bound, bound)
         excess = codes - inside
+        inside = inside.to(_DTYPES[kind])
         if kind == INT4:
             half = (n + 1) // 2
-            low, high = inside[:, :half].int(), torch.zeros(m, half, dtype=torch.int32, device=codes.device)
+            high = torch.zeros(m, half, dtype=torch.int8, device=codes.device)
             high[:, : n - half] = inside[:, half:]
-            inside = 16 * high + low
-        flat = inside.to(_DTYPES[kind]).reshape(-1)
+            inside = high.mul_(16).add_(inside[:, :half])
+        flat = inside.reshape(-1)
         arrays["codes"] = torch.cat([flat, flat.new_zeros(SLACK // flat.element_size())])
     if kind == NONE or bool(excess.any()):
         row, column = torch.nonzero(excess, as_tuple=True)
@@ -115,7 +115,8 @@ class Integers:
         if self._kernels is not None:
             at = [arrays[name].data_ptr() if name in arrays else 0 for name in ("starts", "columns", "values")]
             first = arrays["codes"].data_ptr() if "codes" in arrays else 0
-            fields = [first, kind, *shape, self.steps.data_ptr(), self.rows.data_ptr(), *at]
+            forked = [self._kernels.gomp, self._kernels.worker]
+            fields = [first, kind, *shape, self.steps.data_ptr(), self.rows.data_ptr(), *at, *forked]
             self._descriptor = np.array(fields, np.int64)
             self._address = self._descriptor.ctypes.data
 
@@ -145,37 +146,25 @@ class Integers:
         high = torch.bitwise_right_shift(stored - low, 4)
         return torch.cat([low, high[:, : n - width]], 1)
 
-    def threads(self, batch: int) -> int:
-        """Return how many threads a product with ``batch`` rows is worth."""
-        return min(torch.get_num_threads(), 1 + batch * self.shape[0] * self.shape[1] // _THREAD_WORK)
-
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """Return x . W^T + bias, x (batch, n) to (batch, m), without decoding W; None where that is not the way.
+        """Return x . W^T + bias, x (..., n) to (..., m), without decoding W; None where that is not the way.
 
         Args:
-            x: contiguous.
-            bias: float32 (m,).
+            x: contiguous, of n columns.
+            bias: float32 (m,), contiguous.
         """
-        batch = x.shape[0]
-        dtype = _COMPILED.get(x.dtype)
         compiled = self._kernels
+        m, n = self.shape
+        batch = x.numel() // n if n else 0
         if compiled is None or not 0 < batch <= self.few:
             return None
+        dtype = _COMPILED.get(x.dtype)
         if dtype is None:
             y = self.multiply(x.float(), bias) if x.dtype == torch.float16 else None
             return None if y is None else y.to(x.dtype)
-        y = x.new_empty((batch, self.shape[0]))
-        compiled.multiply(
-            self._address,
-            x.data_ptr(),
-            y.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            batch,
-            dtype,
-            self.threads(batch),
-            compiled.gomp,
-            compiled.worker,
-        )
+        y = x.new_empty((*x.shape[:-1], m))
+        at = 0 if bias is None else bias.data_ptr()
+        compiled.multiply(self._address, x.data_ptr(), y.data_ptr(), at, batch, dtype, torch.get_num_threads())
         return y
 
     def decode(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
@@ -214,10 +203,7 @@ class Integers:
         compiled = self._kernels
         assert compiled is not None
         rows = torch.empty((count, self.shape[1]), dtype=dtype)
-        threads = min(torch.get_num_threads(), 1 + rows.numel() // _THREAD_WORK)
-        compiled.decode(
-            self._address, ids, first, count, rows.data_ptr(), _COMPILED[dtype], threads, compiled.gomp, compiled.worker
-        )
+        compiled.decode(self._address, ids, first, count, rows.data_ptr(), _COMPILED[dtype], torch.get_num_threads())
         return rows
 
 

@@ -55,19 +55,23 @@ LARGEST_INT4 = 7
 SLACK = 64
 """Bytes that must be readable behind the dense part: vectors run over the end of its last row, against zeros of x."""
 
-CODES, KIND, M, N, STEPS, ROWS, STARTS, COLUMNS, VALUES = range(9)
+CODES, KIND, M, N, STEPS, ROWS, STARTS, COLUMNS, VALUES, GOMP, WORKER = range(11)
 """Fields of a matrix's descriptor, int64 each: addresses (0: there is none) of the dense part, float32 steps (n) and
-rows (m), and the sparse remainder's int32 starts (m + 1), uint16 columns and int16 values. KIND is a storage."""
+rows (m), and the sparse remainder's int32 starts (m + 1), uint16 columns and int16 values; and of what forks and works, see
+:class:`Kernels`. KIND is a storage."""
 
 # Fields of a call, int64 each. X: the scaled inputs, float32; INPUTS: what the inner products take.
 (_MATRIX, _TASK, _X, _X_STRIDE, _INPUTS, _INPUT_STRIDE, _PLANE, _COUNT, _SCALES, _Y, _BIAS, _BATCH, _DTYPE, _IDS,
  _FIRST, _LAST, _CHUNK, _NEXT) = range(18)  # fmt: skip
 _CALL = 18
+_FIELDS = 11
 _FLOATS, _BYTES, _DECODE = range(3)
 _LARGEST = 8290000.0
 """Of a fixed-point entry: its three signed digits to the base 256 stay within [-128, 127]."""
 _LONGEST = 65536
 """Columns whose sums of products of bytes stay below 2^31."""
+_THREAD_CODES = 1 << 16
+"""Products that are worth a thread: waking one costs some microseconds."""
 _CHUNK_CODES = 1 << 15
 """Codes that a thread takes at a time, at least."""
 
@@ -150,7 +154,7 @@ def _to_bfloat16(bits: int) -> int:
 def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a nest of loops)
     """Fill the columns first..last of y."""
     call = carray(_int64(address), _CALL)
-    matrix = carray(_int64(call[_MATRIX]), 9)
+    matrix = carray(_int64(call[_MATRIX]), _FIELDS)
     kind, m, n, batch = matrix[KIND], matrix[M], matrix[N], call[_BATCH]
     x = carray(_float32(call[_X]), (batch, call[_X_STRIDE] // 4))
     rows, bias = carray(_float32(matrix[ROWS]), m), carray(_float32(call[_BIAS]), m)
@@ -220,7 +224,7 @@ def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (
 def _decode_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a nest of loops)
     """Fill the rows first..last of y with rows of the matrix."""
     call = carray(_int64(address), _CALL)
-    matrix = carray(_int64(call[_MATRIX]), 9)
+    matrix = carray(_int64(call[_MATRIX]), _FIELDS)
     kind, m, n = matrix[KIND], matrix[M], matrix[N]
     steps, rows = carray(_float32(matrix[STEPS]), n), carray(_float32(matrix[ROWS]), m)
     starts, columns = carray(_int32(matrix[STARTS]), m + 1), carray(_uint16(matrix[COLUMNS]), 1)
@@ -280,11 +284,13 @@ def _take_chunks(address: int) -> None:
 
 
 @jit
-def _run(call: Any, n: int, threads: int, gomp: int, worker: int) -> None:  # noqa: ANN401
-    call[_CHUNK] = (_CHUNK_CODES // max(n, 1) // TILE + 1) * TILE
+def _run(call: Any, matrix: Any, batch: int, threads: int) -> None:  # noqa: ANN401
+    n = max(matrix[N], 1)
+    call[_CHUNK] = (_CHUNK_CODES // n // TILE + 1) * TILE
     call[_NEXT] = 0
-    if threads > 1 and gomp != 0 and call[_LAST] > call[_CHUNK]:
-        _parallel(gomp, worker, call.ctypes.data, threads)
+    threads = min(threads, 1 + call[_LAST] * n * batch // _THREAD_CODES)
+    if threads > 1 and matrix[GOMP] != 0 and call[_LAST] > call[_CHUNK]:
+        _parallel(matrix[GOMP], matrix[WORKER], call.ctypes.data, threads)
     else:
         _take_chunks(call.ctypes.data)
 
@@ -324,9 +330,9 @@ def _fixed_point(x: Any, n: int, halved: bool, digits: Any, scale: Any) -> bool:
 
 
 def _multiply(  # noqa: C901 (what each kind of product needs)
-    descriptor: int, x: int, y: int, bias: int, batch: int, dtype: int, threads: int, gomp: int, worker: int
+    descriptor: int, x: int, y: int, bias: int, batch: int, dtype: int, threads: int
 ) -> int:
-    matrix = carray(_int64(descriptor), 9)
+    matrix = carray(_int64(descriptor), _FIELDS)
     kind, m, n = matrix[KIND], matrix[M], matrix[N]
     steps = carray(_float32(matrix[STEPS]), n)
     width = (n + 1) // 2 if kind == INT4 else n
@@ -369,18 +375,16 @@ def _multiply(  # noqa: C901 (what each kind of product needs)
     else:
         call[_INPUTS], call[_INPUT_STRIDE] = scaled.ctypes.data, 4 * scaled.shape[1]
         call[_COUNT] = scaled.shape[1] // LANES
-    _run(call, n, threads, gomp, worker)
+    _run(call, matrix, batch, threads)
     return call[_NEXT] + scaled.size + digits.size + pairs.size + scales.size  # used here: so they live until now
 
 
-def _decode(
-    descriptor: int, ids: int, first: int, count: int, y: int, dtype: int, threads: int, gomp: int, worker: int
-) -> int:
-    matrix = carray(_int64(descriptor), 9)
+def _decode(descriptor: int, ids: int, first: int, count: int, y: int, dtype: int, threads: int) -> int:
+    matrix = carray(_int64(descriptor), _FIELDS)
     call = np.zeros(_CALL, np.int64)
     call[_MATRIX], call[_TASK], call[_Y], call[_DTYPE] = descriptor, _DECODE, y, dtype
     call[_IDS], call[_FIRST], call[_LAST] = ids, first, count
-    _run(call, matrix[N], threads, gomp, worker)
+    _run(call, matrix, 1, threads)
     return call[_NEXT]
 
 
@@ -392,9 +396,9 @@ class Kernels:
     """The compiled entry points, for calls with addresses and integers; see the module.
 
     Attributes:
-        multiply: ``(descriptor, x, y, bias, batch, dtype, threads, gomp, worker)``: y = x . W^T + bias. x (batch, n)
+        multiply: ``(descriptor, x, y, bias, batch, dtype, threads)``: y = x . W^T + bias. x (batch, n)
             and y (batch, m) are contiguous, of ``dtype``; bias float32 (m), or 0.
-        decode: ``(descriptor, ids, first, count, y, dtype, threads, gomp, worker)``: y (count, n) = rows of W, with
+        decode: ``(descriptor, ids, first, count, y, dtype, threads)``: y (count, n) = rows of W, with
             the int64 indices ``ids``, or from ``first`` on where that is 0.
         gomp: address of the fork of torch's OpenMP pool; 0 where torch has another: one thread works then.
         worker: what the threads run.
@@ -404,8 +408,8 @@ class Kernels:
         worker = cfunc(types.void(types.int64), cache=True)(_worker)
         self.worker: int = worker.address or 0
         self.gomp = _gomp()
-        signature = types.int64(*[types.int64] * 9)
-        pointer = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 9)
+        signature = types.int64(*[types.int64] * 7)
+        pointer = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 7)
         self._keep = [worker, *(cfunc(signature, cache=True)(f) for f in (_multiply, _decode))]
         self.multiply, self.decode = (pointer(f.address or 0) for f in self._keep[1:])
 

@@ -23,13 +23,13 @@ def product(matrix: Running, x: Tensor, bias: Tensor | None) -> Tensor:
     m, n = matrix.shape
     if x.shape[-1] != n:
         raise ValueError(f"the last dimension of the input is {x.shape[-1]}, the weight expects {n}")
-    flat = x if x.dim() == 2 and x.is_contiguous() else x.reshape(-1, n).contiguous()
-    if not flat.shape[0]:
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if not x.numel():
         return x.new_zeros((*x.shape[:-1], m))
     if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
         bias = bias.float().contiguous()
-    y = matrix.multiply(flat, bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], m)
+    return matrix.multiply(x, bias)
 
 
 def plain(x: Tensor, bias: Tensor | None = None) -> bool:

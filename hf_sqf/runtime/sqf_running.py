@@ -2,7 +2,7 @@
 
 A :class:`Running` matrix is multiplied directly where that is cheaper, and decoded some rows at a time where it is
 not: for many rows of input, for structures whose factors are no smaller than their product, on devices without
-compiled kernels. Inputs are 2-D and contiguous, outputs have the dtype of the input.
+compiled kernels. Inputs are contiguous, outputs have the dtype of the input.
 """
 
 from __future__ import annotations
@@ -42,13 +42,16 @@ class Running:
         raise NotImplementedError
 
     def direct(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """Return x . W^T + bias without decoding W; None where :meth:`multiply` had better decode it."""
+        """Return what :meth:`multiply` does, without decoding W; None where it had better be decoded."""
         return None
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return x . W^T + bias, (batch, n) to (batch, m); bias float32 (m,)."""
+        """Return x . W^T + bias, (..., n) to (..., m); bias float32 (m,)."""
         y = self.direct(x, bias)
-        return in_tiles(self.shape, self._rows(x.dtype), x, bias) if y is None else y
+        if y is None:
+            m, n = self.shape
+            y = in_tiles(self.shape, self._rows(x.dtype), x.view(-1, n), bias).view(*x.shape[:-1], m)
+        return y
 
     def multiply_transposed(self, y: Tensor) -> Tensor:
         """Return y . W, (batch, m) to (batch, n)."""
@@ -126,11 +129,11 @@ class TwoFactor(Running):
         """See :class:`Running`."""
         if not self.cheap or x.dtype == torch.float64:
             return None
-        batch, n = x.shape
+        n = self.shape[1]
         if n < self.blocks * self.width:
             x = torch.nn.functional.pad(x, (0, self.blocks * self.width - n))
         inner = _product(self.atoms, x.view(-1, self.width).float())
-        return _product(self.codes, inner.view(batch, self.codes.shape[1]), bias).to(x.dtype)
+        return _product(self.codes, inner.view(*x.shape[:-1], self.codes.shape[1]), bias).to(x.dtype)
 
 
 class OneHot(Running):
@@ -166,14 +169,14 @@ class OneHot(Running):
         """See :class:`Running`: products of x's blocks with all atoms, of which each row of W sums up its own."""
         (m, n), (count, width) = self.shape, self.codebook.shape
         compiled = HAVE_NUMBA and self.device.type == "cpu" and x.dtype != torch.float64
-        if not compiled or x.shape[0] != 1 or count > m:  # the table would cost as much as the product
+        if not compiled or x.numel() != n or count > m:  # the table would cost as much as the product
             return None
-        single = torch.nn.functional.pad(x.float(), (0, self.blocks * width - n)).view(self.blocks, width)
+        single = torch.nn.functional.pad(x.float().view(-1), (0, self.blocks * width - n)).view(self.blocks, width)
         table = torch.mm(single, self.codebook.T)
         y = torch.empty(m)
         rows = self.rows.view(-1, 1 if self.rows.numel() == 1 else self.blocks)
         sum_up(table.numpy(), self.indices.view(m, self.blocks).numpy(), rows.numpy(), y.numpy())
-        return (y if bias is None else y.add_(bias)).to(x.dtype)[None]
+        return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], m)
 
 
 class Sum(Running):
@@ -204,7 +207,9 @@ class Sum(Running):
 def _product(integers: Integers, x: Tensor, bias: Tensor | None = None) -> Tensor:
     y = integers.multiply(x, bias)
     if y is None:
-        y = in_tiles(integers.shape, lambda first, last: integers.decode(first, last, x.dtype), x, bias)
+        m, n = integers.shape
+        y = in_tiles((m, n), lambda first, last: integers.decode(first, last, x.dtype), x.view(-1, n), bias)
+        y = y.view(*x.shape[:-1], m)
     return y
 
 

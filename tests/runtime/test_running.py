@@ -128,7 +128,7 @@ def test_decoding_is_bit_for_bit_that_of_the_factors():
 @pytest.mark.parametrize("kind", [NONE, INT4, INT8, INT16])
 @pytest.mark.parametrize("n", [1, 15, 64, 65, 200])
 def test_storage(kind, n, compiled):
-    """All storages hold all codes, whatever their remainder, and any number of threads multiplies them alike."""
+    """All storages hold all codes, whatever their remainder."""
     codes = integers(torch.Generator().manual_seed(n), (77, n), 40.0, 3000)
     codes[:, ::3] //= 40
     codes[0, 0] = 3000
@@ -141,8 +141,23 @@ def test_storage(kind, n, compiled):
         assert (y is not None) == compiled
         if y is not None:
             assert relative(y, x.double() @ expected.T) < 1e-5
-            matrix.threads = lambda batch: 2
-            assert torch.equal(matrix.multiply(x), y)
+
+
+@pytest.mark.skipif(not sqf_kernels.HAVE_NUMBA, reason="compiled kernels")
+@pytest.mark.parametrize("kind", [NONE, INT4, INT8, INT16])
+def test_results_do_not_depend_on_the_number_of_threads(kind):
+    codes = integers(torch.Generator().manual_seed(0), (700, 600), 3.0)
+    matrix = Integers((700, 600), kind, store(codes, kind), torch.rand(600), torch.rand(700))
+    threads = torch.get_num_threads()
+    try:
+        for batch in (1, 2, 7):
+            x, found = torch.randn(batch, 600), []
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                found.append((matrix.multiply(x), matrix.decode(0, 700, torch.float32)))
+            assert all(torch.equal(y, found[0][0]) and torch.equal(w, found[0][1]) for y, w in found)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(not sqf_kernels.HAVE_NUMBA, reason="compiled kernels")
