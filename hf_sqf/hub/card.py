@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,11 @@ import jinja2
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import safe_open
 from transformers.modelcard import TASK_MAPPING
 
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_modules import SUFFIX
+from ..runtime.sqf_size import entry_bytes, header_of
 
 MARKER = "<!-- Written by hf_sqf, which renews it. Remove this line to keep your changes. -->"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -154,13 +153,14 @@ def _results(config: SQFConfig, task: str) -> Iterator[EvalResult]:
 
 
 def _facts(folder: Path, config: SQFConfig, dtype: str) -> dict[str, Any]:
-    files = sorted(folder.glob("*.safetensors"))
-    after = sum(file.stat().st_size for file in files)
-    packed = 0
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            shapes = (opened.get_slice(key).get_shape() for key in opened.keys() if key.endswith(SUFFIX))  # noqa: SIM118
-            packed += sum(math.prod(shape) for shape in shapes)
+    after = sum(file.stat().st_size for pattern in ("*.safetensors", "*.safetensors.index.json")
+                for file in folder.glob(pattern))  # fmt: skip
+    packed = 0  # as size_report counts, which would decode every weight to say more
+    for file in folder.glob("*.safetensors"):
+        for name, entry in header_of(file).items():
+            if name.endswith(SUFFIX):
+                start, end = entry["data_offsets"]
+                packed += end - start + entry_bytes(name, entry)
     coverage = config.coverage or {}
     total, compressed = coverage.get("parameters", 0), coverage.get("compressed", 0)
     size = _DTYPE_BYTES.get(dtype, 4)

@@ -126,7 +126,7 @@ def _report_folder(folder: Path) -> SizeReport:
     rows = []
     for file in files:
         with safe_open(file, "pt") as tensors:
-            for name, entry in _header(file).items():
+            for name, entry in header_of(file).items():
                 if name.endswith(SUFFIX) and entry["dtype"] == "U8":
                     rows.append(_row(name, tensors.get_tensor(name), entry, str(file)))
                 else:
@@ -135,7 +135,8 @@ def _report_folder(folder: Path) -> SizeReport:
     return _close(total, rows)
 
 
-def _header(file: Path) -> dict[str, dict[str, Any]]:
+def header_of(file: Path) -> dict[str, dict[str, Any]]:
+    """Return name -> dtype, shape and offsets of every tensor in a file of safetensors."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         entries: dict[str, dict[str, Any]] = json.loads(stream.read(length))
@@ -199,15 +200,16 @@ def _blank(name: str, structure: str, shape: list[int], parameters: int) -> dict
     }
 
 
-def _entry_bytes(name: str, entry: dict[str, Any]) -> int:
+def entry_bytes(name: str, entry: dict[str, Any]) -> int:
+    """Return what a tensor's entry in the header of its file takes there."""
     return len(_entry_text(name, entry).encode()) + 1  # and a comma
 
 
 def _dense_row(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     row = _blank(name, "dense", list(entry["shape"]), math.prod(entry["shape"]))
     start, end = entry["data_offsets"]
-    row["bytes"] = end - start + _entry_bytes(name, entry)
-    row["header_bits"] = 8 * _entry_bytes(name, entry)
+    row["bytes"] = end - start + entry_bytes(name, entry)
+    row["header_bits"] = 8 * entry_bytes(name, entry)
     row["bits_per_weight"] = 8 * row["bytes"] / row["parameters"] if row["parameters"] else 0.0
     return row
 
@@ -230,7 +232,7 @@ def _row(name: str, data: Tensor, entry: dict[str, Any], file: str) -> dict[str,
                 row["entropy_bits"] += _entropy(head, term)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    row["bytes"] = data.numel() + _entry_bytes(name, entry)
+    row["bytes"] = data.numel() + entry_bytes(name, entry)
     row["header_bits"] = 8 * row["bytes"] - row["code_bits"] - row["dictionary_bits"] - row["step_bits"]
     row["sparsity"] = zeros / total if total else 0.0
     row["bits_per_weight"] = 8 * row["bytes"] / row["parameters"] if row["parameters"] else 0.0
