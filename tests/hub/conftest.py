@@ -81,7 +81,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         WordLevel({word: i for i, word in enumerate(["?", "the", "a", "of", "and", "is"])}, unk_token="?")
     )
     words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?", eos_token="?").save_pretrained(folder)
     return folder
 
 
