@@ -12,8 +12,9 @@ from .runtime.sqf_config import SQFConfig
 from .runtime.sqf_factors import Factors
 from .runtime.sqf_modules import set_runtime
 from .runtime.sqf_quantizer import register
+from .runtime.sqf_size import size_report
 
 register(CompressingQuantizer)
 
 __version__ = "0.1.0"
-__all__ = ["Factors", "SQFConfig", "compress", "dequantize", "factorize", "set_runtime"]
+__all__ = ["Factors", "SQFConfig", "compress", "dequantize", "factorize", "set_runtime", "size_report"]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_sqf import SQFConfig
+from hf_sqf import SQFConfig, size_report
 
 QUERIES = (
     "Which operator binds more tightly than multiplication?",
@@ -86,11 +86,12 @@ def main() -> None:
     cosine = nn.functional.cosine_similarity(before, after)
 
     coverage = reloaded.config.quantization_config.coverage
-    size, small = (path.joinpath("model.safetensors").stat().st_size for path in (source, args.out))
+    report = size_report(args.out)
+    size = (source / "model.safetensors").stat().st_size
     rows = (
         ("original", f"{size / 1e6:.1f} MB (float32)"),
-        ("compressed", f"{small / 1e6:.1f} MB ({size / small:.1f} times smaller)"),
-        ("bits per weight", f"{coverage['bits']:.3f}, everything counted"),
+        ("compressed", f"{report.total_bytes / 1e6:.1f} MB ({size / report.total_bytes:.1f} times smaller)"),
+        ("bits per weight", f"{report.bits_per_weight:.3f}, everything counted"),
         ("coverage", f"{100 * coverage['compressed'] / coverage['parameters']:.2f} % of the parameters"),
         ("cosine of embeddings", f"{cosine.mean():.4f} mean, {cosine.min():.4f} lowest, over {len(texts)} paragraphs"),
         ("reload", "same outputs bit for bit"),
