@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from .sqf_codec import ideal_bits
 from .sqf_container import TermHeader, records
@@ -162,12 +165,15 @@ def _report_model(model: nn.Module) -> SizeReport:
 
 
 def _saved_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that ``save_pretrained`` writes: shared ones once."""
+    """Return the tensors that ``save_pretrained`` writes: shared ones once, under their names in the checkpoint."""
+    if not isinstance(model, PreTrainedModel):
+        return dict(model.state_dict())
     quantizer = getattr(model, "hf_quantizer", None)
     state = dict(model.state_dict() if quantizer is None else quantizer.get_state_dict_and_metadata(model)[0])
-    for tied in getattr(model, "all_tied_weights_keys", None) or {}:
-        state.pop(tied, None)
-    return state
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    saved: dict[str, Tensor] = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+    return saved
 
 
 def _entry_text(name: str, entry: dict[str, Any]) -> str:
