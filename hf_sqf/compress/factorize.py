@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..runtime.sqf_container import pack
 from ..runtime.sqf_factors import FINE
-from .grid import solve_grid
+from .auto import solve_auto
 from .metric import Metric
-from .solution import Solution
+from .solution import Problem, Solution
+from .structures import SOLVERS, solve_sum
 
 TOLERANCE = 0.01
 """How far below the bits asked for the bits in the file may fall, relative."""
@@ -28,6 +29,7 @@ def solve(
     block: int | None = None,
     seed: int = 0,
     name: str = "weight",
+    trellis: int = 0,
 ) -> Solution:
     """Find the factors of a weight that minimise ``distortion + slope(step) * bits``.
 
@@ -35,25 +37,43 @@ def solve(
         weight: float (m, n).
         metric: the distance; without one, :meth:`Metric.relative`.
         step: c, the noise step in the metric's units. It fixes what a bit is worth, and so the rate.
-        structure: one of :data:`STRUCTURES`.
+        structure: ``"auto"``, one of :data:`SOLVERS`, or a sum of two such as ``"svd+grid"``.
         block: d, the width of blocks; None lets the structure choose.
         seed: of the starts that draw at random.
         name: of the tensor, for messages.
+        trellis: states of dependent quantization, one of
+            :data:`~hf_sqf.runtime.sqf_trellis.TRELLIS_STATES`; 0 for scalar rounding alone.
 
     Raises:
         ValueError: the weight is not a matrix, is empty or not finite, or an option is out of range.
     """
     check(weight, name)
+    check_structure(structure)
+    if not step > 0.0 or (block is not None and block < 1):
+        raise ValueError(f"{name}: step and block must be positive, got {step} and {block}")
     metric = metric or Metric.relative(weight)
-    return solve_grid(weight, metric, step)
+    problem = Problem(weight, metric, step, block, seed, trellis)
+    if structure == "auto":
+        return solve_auto(problem)
+    if structure in SOLVERS:
+        return SOLVERS[structure](problem)
+    return solve_sum(problem, *structure.split("+"))
 
 
 def check(weight: Tensor, name: str) -> None:
     """Raise ValueError unless the weight is a finite, non-empty matrix of floats."""
     if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
         raise ValueError(f"{name}: expected a non-empty matrix of floats, got {weight.dtype} {tuple(weight.shape)}")
-    if not torch.isfinite(weight).all():
+    low, high = torch.aminmax(weight)  # both carry NaN, and neither needs a second copy
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name}: weight has NaN or infinite entries")
+
+
+def check_structure(structure: str) -> None:
+    """Raise ValueError unless the structure is ``"auto"``, one of :data:`SOLVERS`, or a sum of two of them."""
+    parts = structure.split("+")
+    if structure != "auto" and not (len(parts) <= 2 and set(parts) <= set(SOLVERS)):
+        raise ValueError(f"structure must be auto, one of {', '.join(SOLVERS)}, or a sum of two; got {structure!r}")
 
 
 def factorize(
@@ -64,15 +84,16 @@ def factorize(
     block: int | None = None,
     seed: int = 0,
     name: str = "weight",
+    trellis: int = 0,
 ) -> Solution:
     """Factorize one weight to ``bits`` bits per parameter, everything counted.
 
     Args:
         weight: float (m, n).
-        structure: one of :data:`STRUCTURES`, or ``"auto"`` for the one of least error.
+        structure: see :func:`solve`; ``"auto"`` takes the one of least error.
         bits: the bits of the packed bytes per parameter, met from below within :data:`TOLERANCE` where
             the weight is large enough; in (0, 16].
-        metric, block, seed, name: see :func:`solve`.
+        metric, block, seed, name, trellis: see :func:`solve`.
 
     Returns:
         The solution; its ``bits`` are those of the packed bytes.
@@ -83,10 +104,11 @@ def factorize(
     if not 0.0 < bits <= 16.0:
         raise ValueError(f"bits must lie in (0, 16], got {bits}")
     check(weight, name)
+    check_structure(structure)
     metric = metric or Metric.relative(weight)
 
     def trial(log_step: float) -> tuple[Solution, float]:
-        found = solve(weight, metric, 2.0**log_step, structure, block, seed, name)
+        found = solve(weight, metric, 2.0**log_step, structure, block, seed, name, trellis)
         return found, 8.0 * pack([found.factors]).numel()
 
     rms = math.sqrt(metric.distance(weight, None) / weight.numel())

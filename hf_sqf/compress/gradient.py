@@ -1,6 +1,7 @@
 """Projected gradient descent on codes and dictionary, alternating.
 
-Minimises ``f(Z, D) = tr((X - Z D) H (X - Z D)^T)`` with Z and D held to constraint sets, by
+Minimises ``f(Z, D) = tr((X - Z D) H (X - Z D)^T)`` (plus what codes cost, where they have a price) with Z and D
+held to constraint sets, by
 
     Z <- P_Z(Z - df/dZ / L_Z),     D <- P_D(D - df/dD / L_D)
 
@@ -94,6 +95,12 @@ def gradient_step(x: Tensor, codes: Tensor, dictionary: Tensor, P_Z: Projection,
     return P_Z(codes + (x - multiply(codes, dictionary)) @ weighted.T / largest)
 
 
+def least_squares_codes(x: Tensor, dictionary: Tensor, H: Tensor | None) -> Tensor:
+    """Return the codes without constraint that minimise f over a dictionary that stays, (m, K)."""
+    weighted = weigh(dictionary, H)
+    return x @ weighted.T @ torch.linalg.pinv(weighted @ dictionary.T, hermitian=True)
+
+
 def nearest_atom(x: Tensor, codes: Tensor, dictionary: Tensor, P_Z: Projection, H: Tensor | None) -> Tensor:
     """Return the index of each row's nearest atom: the exact minimiser over one-hot codes (Lloyd's assignment)."""
     weighted = weigh(dictionary, H)
@@ -117,7 +124,7 @@ def projected_gradient(
     codes: Tensor,
     dictionary: Tensor,
     P_Z: Projection,
-    P_D: Projection | None,
+    P_D: Projection,
     H: Tensor | None = None,
     inner: Inner = gradient_step,
     iterations: int = 100,
@@ -130,7 +137,7 @@ def projected_gradient(
         codes: Z, float64 (m, K), or int64 (m,) for one-hot codes.
         dictionary: D, float64 (K, n).
         P_Z: projection onto the set of codes. One that is not separable must be nearest in the Euclidean norm.
-        P_D: projection onto the set of dictionaries; it must treat entries apart from one another. None keeps D.
+        P_D: projection onto the set of dictionaries; it must treat entries apart from one another.
         H: (n, n); None for the identity.
         inner: the step on the codes.
         iterations: most iterations, of one step on each factor.
@@ -138,18 +145,16 @@ def projected_gradient(
     """
 
     def f(Z: Tensor, D: Tensor) -> float:
-        return objective(x, Z, D, H)
+        return objective(x, Z, D, H) + P_Z.penalty(Z)
 
     def step_codes(Z: Tensor, previous: Tensor, D: Tensor, momentum: float, value: float) -> tuple[Tensor, float, bool]:
         return _accept(lambda at: inner(x, at, D, P_Z, H), lambda Z: f(Z, D), Z, previous, momentum, value)
 
     def step_atoms(D: Tensor, previous: Tensor, Z: Tensor, momentum: float, value: float) -> tuple[Tensor, float, bool]:
-        if P_D is None:
-            return D, value, True
         return _accept(lambda at: dictionary_step(x, Z, at, P_D, H), lambda D: f(Z, D), D, previous, momentum, value)
 
     Z = old_Z = P_Z(codes) if codes.dim() == 2 else codes
-    D = old_D = dictionary if P_D is None else P_D(dictionary)
+    D = old_D = P_D(dictionary)
     value = f(Z, D)
     trace, momentum = [value], 0.0
     for iteration in range(iterations):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .prices import price_of_codes, round_at_price
+
 
 class Projection(ABC):
     """The nearest point of a set."""
@@ -20,6 +22,10 @@ class Projection(ABC):
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """Return the point of the set nearest to the matrix ``x`` in the Euclidean norm."""
+
+    def penalty(self, x: Tensor) -> float:
+        """Return what the point ``x`` of the set costs beside its distance: nothing, for a mere constraint."""
+        return 0.0
 
     def __matmul__(self, first: Projection) -> Projection:
         """Return the composition: ``first``, then this one."""
@@ -36,6 +42,10 @@ class Composition(Projection):
     def __call__(self, x: Tensor) -> Tensor:
         """Return ``last(first(x))``."""
         return self.last(self.first(x))
+
+    def penalty(self, x: Tensor) -> float:
+        """Return the sum of both."""
+        return self.last.penalty(x) + self.first.penalty(x)
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,25 @@ class Grid(Projection):
     def __call__(self, x: Tensor) -> Tensor:
         """Return ``x`` rounded to the nearest multiples."""
         return torch.round(x / self.step) * self.step
+
+
+@dataclass(frozen=True, eq=False)
+class PricedGrid(Projection):
+    """Integers, each at its price: the set ``Grid(1)`` with the penalty ``lambda * bits``.
+
+    Attributes:
+        prices: what the step from magnitude k to k + 1 costs, (K,), never falling; see :mod:`.prices`.
+    """
+
+    prices: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the proximal map of the penalty: the integers z of least ``(x - z)^2 + penalty``."""
+        return round_at_price(x, self.prices)
+
+    def penalty(self, x: Tensor) -> float:
+        """Return the price of the integers ``x``, but for what zeros cost."""
+        return price_of_codes(x, self.prices)
 
 
 @dataclass(frozen=True)

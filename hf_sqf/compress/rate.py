@@ -22,10 +22,13 @@ def term_bits(term: Term) -> float:
         codes = index_bits(torch.bincount(term.codes.long(), minlength=term.atom_count))
     else:
         codes = ideal_bits(_array(term.codes), trellis=term.trellis)
-    side = [term.steps.reshape(1, -1), term.rows.reshape(1, -1)]
-    if term.atoms is not None:
-        side.append(term.atoms)
-    return HEADER + codes + sum(ideal_bits(_array(values)) for values in side)
+    return HEADER + codes + ideal_bits(_array(term.rows[None])) + atom_bits(term)
+
+
+def atom_bits(term: Term) -> float:
+    """Return the bits of a term's dictionary with its steps."""
+    atoms = 0.0 if term.atoms is None else ideal_bits(_array(term.atoms))
+    return atoms + ideal_bits(_array(term.steps[None]))
 
 
 def factors_bits(factors: Factors) -> float:

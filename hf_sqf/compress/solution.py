@@ -1,12 +1,16 @@
-"""What every solver returns."""
+"""What every solver is given and returns."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from torch import Tensor
+
 from ..runtime.sqf_factors import Factors
+from .metric import Metric
 
 
 class Status(Enum):
@@ -18,6 +22,36 @@ class Status(Enum):
     """The solution came in one pass, without iterations."""
     ITERATION_LIMIT = "iteration limit"
     """It was still descending when its iterations were used up."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a solver is given.
+
+    Attributes:
+        weight: float (m, n), finite.
+        metric: the distance.
+        step: c, the noise step in the metric's units: it fixes what a bit is worth.
+        width: d of the blocks; None lets the structure choose.
+        seed: of starts that draw at random.
+        trellis: states of dependent quantization, which ``grid`` may use; 0 for scalar rounding alone.
+    """
+
+    weight: Tensor
+    metric: Metric
+    step: float
+    width: int | None = None
+    seed: int = 0
+    trellis: int = 0
+
+    def least(self, solutions: Iterable[Solution]) -> Solution:
+        """Return the solution of least ``distortion + lambda bits``; the first where they differ by rounding only."""
+        best: Solution | None = None
+        for found in solutions:
+            if best is None or found.cost(self.step) < best.cost(self.step) * (1.0 - 1e-9):
+                best = found
+        assert best is not None
+        return best
 
 
 @dataclass(frozen=True, eq=False)

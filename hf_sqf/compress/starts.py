@@ -6,25 +6,38 @@ import torch
 from torch import Tensor
 
 
-
-def principal_atoms(moments: Tensor, lower: Tensor | None) -> tuple[Tensor, Tensor]:
+def principal_of_moments(moments: Tensor, lower: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the right singular vectors of X in the metric H = L L^T, and the squared singular values.
+
+    Truncating after K atoms gives the best approximation of rank K (Eckart and Young): ``Z = X H D^T``.
 
     Args:
         moments: ``X^T X``, float64 (n, n).
         lower: L, (n, n); None for the identity.
 
     Returns:
-        D (n, n), atoms as rows with ``D H D^T = I``, and s^2 (n,), both from the largest s on. Truncating after K
-        atoms gives the best approximation of rank K (Eckart-Young): ``Z = X H D^T``.
+        D (n, n), atoms as rows with ``D H D^T = I``, and s^2 (n,), both from the largest s on.
     """
-    whitened = moments if lower is None else lower.T @ moments @ lower
-    power, vectors = torch.linalg.eigh(whitened)
+    power, vectors = torch.linalg.eigh(moments if lower is None else lower.T @ moments @ lower)
     atoms = vectors.T.flip(0)
-    atoms = atoms * torch.where(atoms.gather(1, atoms.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
     if lower is not None:
         atoms = torch.linalg.solve_triangular(lower, atoms, upper=False, left=False)
-    return atoms, power.flip(0).clamp_min(0.0)
+    return _with_sign(atoms), power.flip(0).clamp_min(0.0)
+
+
+def principal_of_rows(x: Tensor, H: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the same for a wide X (m, n), m < n, of whose atoms at most m have any power: D (m, n), s^2 (m,)."""
+    power, vectors = torch.linalg.eigh(x @ x.T if H is None else x @ H @ x.T)
+    power = power.flip(0).clamp_min(0.0)
+    floor = power[0] * len(x) * torch.finfo(x.dtype).eps
+    atoms = (vectors.T.flip(0) @ x) * torch.where(power > floor, power, torch.inf).rsqrt()[:, None]
+    return _with_sign(atoms), power
+
+
+def _with_sign(atoms: Tensor) -> Tensor:
+    """Make the largest entry of each atom positive, whatever the eigensolver chose."""
+    largest = atoms.gather(1, atoms.abs().argmax(1, keepdim=True))
+    return torch.where(largest < 0, -atoms, atoms)
 
 
 def kmeans_plus_plus(x: Tensor, count: int, seed: int, lower: Tensor | None = None) -> Tensor:

@@ -13,28 +13,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..runtime.sqf_codec import ideal_bits
 from ..runtime.sqf_factors import Factors, Term, log_scale, nearest_log_scale
-from .dead_zone import count_significant
-from .gradient import Inner, gram, gradient_step, nearest_atom, projected_gradient, weigh
+from .gradient import Inner, gradient_step, gram, least_squares_codes, nearest_atom, projected_gradient, weigh
 from .grid import RESOLUTION, grid_scales, narrow
 from .metric import Metric
 from .prediction import atoms_that_pay
-from .projections import Everything, Grid, OneHot, Projection, RowSparse, TopK
+from .prices import prices_of, round_at_price
+from .projections import Everything, Grid, OneHot, PricedGrid, Projection, RowSparse, TopK
 from .rate import factors_bits
-from .solution import Solution
-from .starts import kmeans_plus_plus, principal_atoms
+from .solution import Problem, Solution
+from .starts import kmeans_plus_plus, principal_of_moments, principal_of_rows
 
 SAMPLE = 1 << 20
 """Entries of a large weight that a dictionary is learned on (more where the dictionary is wide)."""
 _CHUNK = 1 << 21  # entries that are encoded at a time
 _DRAWS = 1 << 15  # blocks that k-means draws its start from
-ITERATIONS = 20
-"""Most iterations of a descent."""
+ITERATIONS = 6
+"""Most iterations on the grid: from least-squares codes, the first few do nearly all."""
+LLOYD = 20
+"""Most iterations of k-means."""
 TOLERANCE = 1e-4
 """Least relative fall of the objective for which a descent goes on."""
 LARGEST_CODEBOOK = 4096
@@ -44,21 +47,20 @@ class Blocks:
     """A weight in units of the noise step, cut into blocks: the matrix X (m', d) of which it gives parts.
 
     Args:
-        weight: (m, n).
-        metric: the distance.
-        step: c.
-        width: d, at most n.
+        problem: the weight (m, n), the metric and the noise step.
+        width: d, at most n; None for n.
     """
 
-    def __init__(self, weight: Tensor, metric: Metric, step: float, width: int) -> None:
-        self.weight, self.width = weight, width
-        self.count = math.ceil(weight.shape[1] / width)
-        self.scales = grid_scales(Metric(g=metric.g), step)
-        self.H = metric.of_blocks(width, self.count).H
-        self.lower = None if self.H is None else metric.of_blocks(width, self.count).cholesky()
-        self.rows = weight.shape[0] * self.count
-        unit = self.scales.step_values().double() * self.scales.row_values().double()
-        self._unit = unit[:, None]
+    def __init__(self, problem: Problem, width: int | None = None) -> None:
+        self.problem = problem
+        self.weight, metric = problem.weight, problem.metric
+        self.width = min(width or self.weight.shape[1], self.weight.shape[1])
+        self.count = math.ceil(self.weight.shape[1] / self.width)
+        self.rows = self.weight.shape[0] * self.count
+        self.scales = grid_scales(Metric(g=metric.g), problem.step)
+        self.seen = metric.of_blocks(self.width, self.count)
+        self.H = self.seen.H
+        self._unit = (self.scales.step_values().double() * self.scales.row_values().double())[:, None]
 
     def part(self, rows: slice) -> Tensor:
         """Return the blocks of the weight's rows, float64 (rows * count, d), the last ones padded with zeros."""
@@ -77,28 +79,50 @@ class Blocks:
         entries = max(SAMPLE, 8 * self.width * self.width)
         return self.part(slice(None, None, math.ceil(self.weight.numel() / entries)))
 
+    @cached_property
     def moments(self) -> Tensor:
-        """Return ``X^T X``, (d, d)."""
-        return sum((x.T @ x for x in self.chunks()), torch.zeros(self.width, self.width, dtype=torch.float64))
+        """``X^T X``, (d, d)."""
+        total = torch.zeros(self.width, self.width, dtype=torch.float64)
+        for x in self.chunks():
+            total += x.T @ x
+        return total
+
+    @cached_property
+    def principal(self) -> tuple[Tensor, Tensor]:
+        """The right singular vectors (r, d) in the metric, as atoms, and s^2 (r,); see :mod:`.starts`."""
+        if self.rows < self.width:
+            return principal_of_rows(self.part(slice(None)), self.H)
+        return principal_of_moments(self.moments, None if self.H is None else self.seen.cholesky())
+
+    @cached_property
+    def power_of_columns(self) -> Tensor:
+        """The squared norms of X's columns in the metric, (d,)."""
+        power = torch.zeros(self.width, dtype=torch.float64)
+        for x in self.chunks():
+            power += x.square().sum(0)
+        return power if self.H is None else power * self.seen.cholesky().diagonal().square()
 
 
-Start = Callable[[Blocks, Tensor, int], "tuple[Tensor, Tensor]"]
-"""(the blocks, a sample X of them, seed) -> codes (m, K) or (m,) of the sample, and atoms (K, d)."""
+CountAtoms = Callable[[Tensor, int, int], int]
+"""(s^2 of all atoms, rows of the codes, width of the atoms) -> how many of the atoms to take."""
+Start = Callable[[Blocks, Tensor, CountAtoms], "tuple[Tensor, Tensor]"]
+"""(the blocks, a sample X of them, count) -> codes (m, K) or (m,) of the sample, and atoms (K, d)."""
 
 
-def svd_start(blocks: Blocks, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The leading right singular vectors: as many as pay for themselves."""
-    atoms, power = principal_atoms(blocks.moments(), blocks.lower)
-    atoms = atoms[: atoms_that_pay(power, blocks.rows, blocks.width)]
+def svd_start(blocks: Blocks, x: Tensor, count: CountAtoms) -> tuple[Tensor, Tensor]:
+    """The leading right singular vectors, ``count`` of them."""
+    atoms, power = blocks.principal
+    atoms = atoms[: count(power, blocks.rows, blocks.width)]
     return weigh(x, blocks.H) @ atoms.T, atoms
 
 
-def kmeans_start(blocks: Blocks, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def kmeans_start(blocks: Blocks, x: Tensor, count: CountAtoms) -> tuple[Tensor, Tensor]:
     """Lloyd's k-means from rows drawn by k-means++: ``2^(d R)``, where R is the rate of rounding entry by entry."""
     few = x[:: math.ceil(len(x) / _DRAWS)]
-    atoms = kmeans_plus_plus(few, min(codebook_size(few), len(few)), seed, blocks.lower)
+    lower = None if blocks.H is None else blocks.seen.cholesky()
+    atoms = kmeans_plus_plus(few, min(codebook_size(few), len(few)), blocks.problem.seed, lower)
     codes = nearest_atom(x, x, atoms, OneHot(), blocks.H)
-    lloyd = projected_gradient(x, codes, atoms, OneHot(), Everything(), blocks.H, nearest_atom, ITERATIONS, TOLERANCE)
+    lloyd = projected_gradient(x, codes, atoms, OneHot(), Everything(), blocks.H, nearest_atom, LLOYD, TOLERANCE)
     return lloyd.codes, lloyd.dictionary
 
 
@@ -114,55 +138,61 @@ class Structure:
 
     Attributes:
         start: where the descent starts.
-        sparsity: the set that holds the codes, given those of the start.
+        codes: the set that holds the codes, given those of the start (over atoms of norm 1, in noise steps).
         inner: the step on the codes.
     """
 
     start: Start
-    sparsity: Callable[[Tensor], Projection]
+    codes: Callable[[Tensor], Projection]
     inner: Inner = gradient_step
 
 
+def k_per_row(codes: Tensor) -> Projection:
+    """The set of ``sparse_pca``: integers, as many of each row as are worth their bits on average."""
+    k = torch.count_nonzero(round_at_price(codes, prices_of(codes))) / len(codes)
+    return Grid(1.0) @ RowSparse(max(1, round(float(k))))
+
+
+def top_k(codes: Tensor) -> Projection:
+    """The set of ``pgd``: the integers of the whole matrix that are worth their bits, at their price."""
+    prices = prices_of(codes)
+    return PricedGrid(prices) @ TopK(int(torch.count_nonzero(round_at_price(codes, prices))))
+
+
 STRUCTURES = {
-    "svd": Structure(svd_start, lambda Z: Everything()),
-    "sparse_pca": Structure(svd_start, lambda Z: RowSparse(max(1, round(count_significant(Z) / len(Z))))),
-    "pgd": Structure(svd_start, lambda Z: TopK(count_significant(Z))),
-    "vq": Structure(kmeans_start, lambda Z: OneHot(), nearest_atom),
+    "svd": Structure(svd_start, lambda codes: Grid(1.0)),
+    "sparse_pca": Structure(svd_start, k_per_row),
+    "pgd": Structure(svd_start, top_k),
+    "vq": Structure(kmeans_start, lambda codes: OneHot(), nearest_atom),
 }
 
 
-def solve_two_factor(
-    weight: Tensor, metric: Metric, step: float, structure: str, width: int | None = None, seed: int = 0
-) -> Solution:
+def solve_two_factor(blocks: Blocks, structure: str, count: CountAtoms = atoms_that_pay) -> Solution:
     """Find the codes and the dictionary of one of :data:`STRUCTURES`.
 
     Args:
-        weight: float (m, n).
-        metric: the distance.
-        step: c, in the metric's units.
+        blocks: the problem, cut into blocks.
         structure: a key of :data:`STRUCTURES`.
-        width: d of the blocks; None for n.
-        seed: of starts that draw at random.
+        count: how many atoms an SVD starts with.
     """
     kind = STRUCTURES[structure]
-    blocks = Blocks(weight, metric, step, min(width or weight.shape[1], weight.shape[1]))
     H, x = blocks.H, blocks.sample()
-    codes, atoms = kind.start(blocks, x, seed)
+    codes, atoms = kind.start(blocks, x, count)
     if len(atoms) == 0:
         codes, atoms = x.new_zeros(len(x), 1), x.new_zeros(1, blocks.width)
-    sparsity = kind.sparsity(codes)
     steps = _atom_steps(codes, len(atoms), blocks.rows / len(x))
     grid = Grid(log_scale(steps, 1).double()[:, None])
-    found = projected_gradient(x, codes, atoms, Grid(1.0) @ sparsity, grid, H, kind.inner, ITERATIONS, TOLERANCE)
+    if kind.inner is gradient_step:
+        codes = least_squares_codes(x, grid(atoms), H)
+    found = projected_gradient(x, codes, atoms, kind.codes(codes), grid, H, kind.inner, ITERATIONS, TOLERANCE)
     codes, atoms = found.codes, found.dictionary
     if len(x) < blocks.rows:
         codes = torch.cat([_encode(part, atoms, kind, H) for part in blocks.chunks()])
-    factors = Factors(
-        (weight.shape[0], weight.shape[1]), structure, (_term(codes, atoms, steps, blocks),)
-    )
+    shape = (blocks.weight.shape[0], blocks.weight.shape[1])
+    factors = Factors(shape, structure, (_term(codes, atoms, steps, blocks),))
     return Solution(
         factors,
-        metric.distance(weight, factors.dense()),
+        blocks.problem.metric.distance(blocks.weight, factors.dense()),
         factors_bits(factors),
         found.status,
         found.trace,
@@ -175,10 +205,8 @@ def _encode(x: Tensor, atoms: Tensor, kind: Structure, H: Tensor | None) -> Tens
     """Return integer codes of x over a dictionary that stays."""
     if kind.inner is nearest_atom:
         return nearest_atom(x, x, atoms, OneHot(), H)
-    weighted = weigh(atoms, H)
-    codes = torch.linalg.lstsq(weighted @ atoms.T, (x @ weighted.T).T, driver="gelsd").solution.T
-    sets = Grid(1.0) @ kind.sparsity(codes)
-    return narrow(projected_gradient(x, codes, atoms, sets, None, H, kind.inner, ITERATIONS, TOLERANCE).codes)
+    codes = least_squares_codes(x, atoms, H)
+    return narrow(kind.codes(codes)(codes))
 
 
 def _atom_steps(codes: Tensor, count: int, scale: float) -> Tensor:

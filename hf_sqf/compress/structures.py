@@ -1,0 +1,120 @@
+"""The structures by name, each with a solver that makes the choices it leaves open; and sums of two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..runtime.sqf_factors import Factors
+from .dependent import solve_dependent
+from .grid import solve_grid
+from .prediction import atoms_before_grid, columns_cost, low_rank_cost
+from .rate import factors_bits
+from .solution import Problem, Solution
+from .two_factor import Blocks, codebook_size, solve_two_factor
+
+Solver = Callable[[Problem], Solution]
+
+PGD_WIDTHS = (9, 16, 64)
+"""Widths of blocks, beside whole rows, of which ``pgd`` asks the spectrum: 9 is a kernel of a 3 x 3 convolution."""
+MARGIN = 0.96
+"""What principal atoms may cost of their prediction, made for Gaussian entries: they are tried if that pays."""
+VQ_WIDTHS = (1, 2, 4, 8)
+"""Widths of blocks among which ``vq`` chooses, where the codebook that its rate calls for is no larger than:"""
+VQ_ATOMS = 1024
+_VQ_SHARE = 0.1  # most of the bits that the codebook may take
+FEW = 1 << 14
+"""Entries of a weight that quick decisions are made on."""
+
+
+def grid(problem: Problem) -> Solution:
+    """Entry by entry, to the nearest; or along a trellis where that costs less."""
+    scalar = solve_grid(problem.weight, problem.metric, problem.step)
+    if not problem.trellis:
+        return scalar
+    dependent = solve_dependent(problem.weight, problem.metric, problem.step, problem.trellis)
+    return problem.least([dependent, scalar])
+
+
+def sparse_grid(problem: Problem) -> Solution:
+    """Entry by entry, with a dead zone: ``pgd`` from the identity."""
+    return solve_grid(problem.weight, problem.metric, problem.step, sparse=True)
+
+
+def svd(problem: Problem) -> Solution:
+    """Dense codes over few atoms."""
+    return solve_two_factor(Blocks(problem, problem.width), "svd")
+
+
+def sparse_pca(problem: Problem) -> Solution:
+    """Codes with the same number of nonzeros in each row."""
+    return solve_two_factor(Blocks(problem, problem.width), "sparse_pca")
+
+
+def pgd(problem: Problem) -> Solution:
+    """Sparse codes, from the identity, and from the SVD of rows and of blocks where that may pay."""
+    identity = sparse_grid(problem)
+    cuts = blocks_that_may_pay(problem, identity)
+    return problem.least([identity, *(solve_two_factor(blocks, "pgd") for blocks in cuts)])
+
+
+def vq(problem: Problem) -> Solution:
+    """One-hot codes, with the width of blocks that costs least."""
+    widths = [problem.width] if problem.width else vq_widths(problem)
+    return problem.least(solve_two_factor(Blocks(problem, d), "vq") for d in widths)
+
+
+SOLVERS: dict[str, Solver] = {"grid": grid, "svd": svd, "sparse_pca": sparse_pca, "vq": vq, "pgd": pgd}
+"""The structures."""
+
+
+def solve_sum(problem: Problem, first: str, second: str) -> Solution:
+    """Solve for a sum of two structures, such as ``svd+grid``: the second stands for what the first leaves.
+
+    ``svd`` takes only atoms that pay although what they leave is stored, too; ``grid`` has a dead zone: low rank
+    plus sparse.
+    """
+    head = low_rank(Blocks(problem, problem.width)) if first == "svd" else SOLVERS[first](problem)
+    rest = replace(problem, weight=problem.weight.float() - head.factors.dense())
+    tail = sparse_grid(rest) if second == "grid" and not problem.trellis else SOLVERS[second](rest)
+    used = tuple(t for t in (*head.factors.terms, *tail.factors.terms) if t.one_hot or t.nonzeros)
+    factors = Factors(tail.factors.shape, f"{first}+{second}", used or tail.factors.terms)
+    distortion = problem.metric.distance(problem.weight, factors.dense())
+    iterations = head.iterations + tail.iterations
+    trace = (head.distortion, distortion)
+    return Solution(factors, distortion, factors_bits(factors), tail.status, trace, iterations, head.start)
+
+
+def low_rank(blocks: Blocks) -> Solution:
+    """Solve for the atoms that pay although what they leave is stored, too."""
+    return solve_two_factor(blocks, "svd", count=lambda *spectrum: atoms_before_grid(*spectrum)[0])
+
+
+def blocks_that_may_pay(problem: Problem, identity: Solution) -> list[Blocks]:
+    """Return the cuts into blocks whose principal atoms may cost less than the solution from the identity.
+
+    They must by prediction save something over the columns as they are, and what they cost must come near to what
+    the identity really took.
+    """
+    n = problem.weight.shape[1]
+    widths = [problem.width] if problem.width else [n, *(d for d in PGD_WIDTHS if d < n and n % d == 0)]
+    limit = identity.cost(problem.step) / problem.step**2
+    paying = []
+    for blocks in (Blocks(problem, d) for d in widths):
+        cost = low_rank_cost(blocks.principal[1], blocks.rows, blocks.width)
+        if MARGIN * cost < limit and cost < columns_cost(blocks.power_of_columns, blocks.rows):
+            paying.append(blocks)
+    return paying
+
+
+def vq_widths(problem: Problem) -> list[int]:
+    """Return the widths (two at most, the widest) whose codebooks, sized for the rate, suit the weight's size."""
+    weight, fit = problem.weight, []
+    for d in (d for d in VQ_WIDTHS if d <= weight.shape[1]):
+        few = Blocks(problem, d).part(slice(None, None, math.ceil(weight.numel() / FEW)))
+        atoms = codebook_size(few)
+        codes = math.log2(atoms) / d * weight.numel()
+        if atoms <= VQ_ATOMS and 8.0 * atoms * d <= _VQ_SHARE * codes:
+            fit.append(d)
+    return fit[-2:] or [1]
