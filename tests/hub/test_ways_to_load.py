@@ -29,6 +29,8 @@ tokenizer.save_pretrained("original")
 model = AutoModelForCausalLM.from_pretrained("original", quantization_config=SQFConfig(bits=6))
 with torch.no_grad():
     torch.save(model(torch.arange(12)[None]).logits, "logits.pt")
+weights = {name: module.weight for name, module in model.named_modules() if hasattr(module, "weight_factors")}
+torch.save({name: weight.detach().clone() for name, weight in weights.items()}, "weights.pt")
 print(model.push_to_hub("me/small").oid)
 tokenizer.push_to_hub("me/small")
 """
@@ -43,9 +45,13 @@ SAME = """
 import torch
 from transformers import AutoModelForCausalLM
 def assert_same(model):
+    # Weights bit for bit; without numba other kernels multiply by them, and add up in another order.
+    weights = torch.load("weights.pt")
+    assert len(weights) == 16 and model.hf_quantizer.quantization_config.coverage["weights"] == 15
+    for name, weight in weights.items():
+        assert torch.equal(model.get_submodule(name).weight, weight), name
     with torch.no_grad():
-        assert torch.equal(model(torch.arange(12)[None]).logits, torch.load("logits.pt"))
-    assert model.hf_quantizer.quantization_config.coverage["weights"] == 15
+        torch.testing.assert_close(model(torch.arange(12)[None]).logits, torch.load("logits.pt"))
 """
 
 LOADED_ALONE = (
