@@ -147,9 +147,9 @@ class Recorder(TorchFunctionMode):
         square = delta.abs() * (1.0 - delta.abs()) if name == self._head else delta.square()
         self._add(self.held_energies if self.held_out else self.energies, name, square.sum(0))
 
-    def _embedding_hook(self, name: str, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if self._backward or not torch.is_grad_enabled():
-            return output
+    def _embedding_hook(self, name: str, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._backward or not output.requires_grad:
+            return
         ids = args[0].detach().flatten()
 
         def add(gradient: Tensor) -> None:
@@ -158,9 +158,7 @@ class Recorder(TorchFunctionMode):
             self._add(self.held_energies if self.held_out else self.energies, name, rows)
             self._add_moment(name, delta)
 
-        output = output.requires_grad_()
         output.register_hook(add)
-        return output
 
     def _add_moment(self, key: str, rows: Tensor) -> None:
         if self.wanted is not None and key not in self.wanted:
@@ -201,9 +199,16 @@ def shared_inputs(
     return {name: keys[0] if len(keys) == 1 and len(calls[keys[0]]) == 1 else name for name, keys in calls.items()}
 
 
+def _begin_graph(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
+
+
 @contextmanager
 def measuring(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into the state to be measured in, and back: evaluation, frozen weights, recomputed activations."""
+    """Put a model into the state to be measured in, and back: evaluation, frozen weights, recomputed activations.
+
+    With its weights frozen, gradients begin where tables are looked up.
+    """
     was_training = model.training
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
@@ -220,12 +225,15 @@ def measuring(model: PreTrainedModel) -> Iterator[None]:
     modules = () if model.config.is_encoder_decoder else model.modules()
     layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
     before = [(m.gradient_checkpointing, getattr(m, "_gradient_checkpointing_func", None)) for m in layers]
+    tables = [m.register_forward_hook(_begin_graph) for m in model.modules() if isinstance(m, nn.Embedding)]
     for layer in layers:  # only the layer itself is told that it trains: what lies in it (dropout) is not
         layer.gradient_checkpointing, layer.training = True, True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
     try:
         yield
     finally:
+        for table in tables:
+            table.remove()
         for layer, (flag, function) in zip(layers, before, strict=True):
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = flag, function  # type: ignore[assignment]
         model.train(was_training)

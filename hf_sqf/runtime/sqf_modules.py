@@ -353,8 +353,9 @@ def weights_of(module: nn.Module, prefix: str) -> dict[str, Held]:
     parameters = module._parameters
     weight = parameters.get("weight")
     if weight is not None and weight.is_floating_point() and any(isinstance(module, kind) for kind in KINDS):
-        if isinstance(module, nn.Embedding) and (module.max_norm is not None or not weight.requires_grad):
-            return {}  # renormalised in place when looked up; or computed (sinusoids), not learned
+        computed = type(module) is not nn.Embedding and not weight.requires_grad  # sinusoids; others may just be frozen
+        if isinstance(module, nn.Embedding) and (module.max_norm is not None or computed):
+            return {}  # renormalised in place when looked up, or not learned
         held = Held(_full(prefix, "weight"), tuple(weight.shape), isinstance(module, Conv1D))
         return {"weight": held} if weight.dim() >= 2 and weight.numel() else {}
     experts = getattr(module, "num_experts", None)

@@ -54,7 +54,7 @@ def test_moments_are_the_mean_outer_products_of_the_inputs():
     handle.remove()
     x = torch.cat(rows)
     torch.testing.assert_close(found.moments["model.layers.1.mlp.down_proj.weight"], x.T @ x / len(x))
-    assert found.tokens == len(x)
+    assert found.tokens == 2 * batches[0]["input_ids"].numel()  # gradients are taken of every second batch
 
 
 def test_energies_are_those_of_the_fisher_information():
@@ -65,7 +65,7 @@ def test_energies_are_those_of_the_fisher_information():
     found = measured(model, batches)
     expected = torch.zeros(16)
     with torch.no_grad():
-        for batch in batches[1:]:
+        for batch in batches[1::2]:
             p = model(**batch).logits.softmax(-1).flatten(0, 1)
             W = model.lm_head.weight
             expected += (p @ W.square() - (p @ W).square()).sum(0)
@@ -74,7 +74,7 @@ def test_energies_are_those_of_the_fisher_information():
     torch.testing.assert_close(found.energies["model.layers.0.mlp.down_proj.weight"], expected, rtol=0.1, atol=0)
     variance = torch.zeros(60)
     with torch.no_grad():
-        for batch in batches[1:]:
+        for batch in batches[1::2]:
             p = model(**batch).logits.softmax(-1).flatten(0, 1)
             variance += (p * (1 - p)).sum(0)
     torch.testing.assert_close(found.energies["lm_head.weight"], variance / found.tokens, rtol=1e-3, atol=0)
@@ -95,7 +95,8 @@ def test_distance_predicts_the_divergence():
             expected += 0.5 * found.typical * metric.distance(noise, None)
             target.parameter.add_(noise)
         after = [model(**batch).logits.log_softmax(-1) for batch in batches[1:]]
-        divergence = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(before, after, strict=True)) / found.tokens
+        divergence = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(before, after, strict=True))
+        divergence /= sum(batch["input_ids"].numel() for batch in batches[1:])
     assert divergence == pytest.approx(expected, rel=0.5)
 
 
@@ -168,6 +169,15 @@ def test_every_kind_of_model_is_measured_and_left_as_it_was(kind):
         assert p.requires_grad == before[name][0] and torch.equal(p, before[name][1])
     assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_gradients_begin_at_tables_that_are_not_compressed(freeze):
+    model = llama(tie_word_embeddings=True).requires_grad_(not freeze)
+    targets = find_targets(model, SQFConfig(include_embeddings=False))[0]
+    found = collect(model, targets, tokens(3)[1:], tokens(3)[:1])
+    assert len(found.energies) == 14 and not found.notes
+    assert len(find_targets(model, SQFConfig())[0]) == 15
 
 
 def test_same_data_and_seed_give_the_same_statistics():
