@@ -42,7 +42,8 @@ config = SQFConfig(bits=float(bits), structure=structure)
 model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
 peak, after = status("VmHWM"), status("VmRSS")
 model.save_pretrained(out)
-print(json.dumps({"base": base, "peak": peak - base, "after": after - base, "bits": model.config.quantization_config.coverage["bits"]}))
+rate = model.config.quantization_config.coverage["bits"]
+print(json.dumps({"base": base, "peak": peak - base, "after": after - base, "bits": rate}))
 """
 
 

@@ -92,7 +92,7 @@ def calibration(
 def texts(dataset: Any) -> Iterator[str]:  # noqa: ANN401
     """Iterate over the texts of a list, a ``datasets.Dataset`` or the name of one on the Hub."""
     if isinstance(dataset, str):
-        import datasets  # type: ignore[import-untyped]  # only a name on the Hub needs it
+        import datasets  # only a name on the Hub needs it
 
         dataset = datasets.load_dataset(dataset, split="train", streaming=True)
     for entry in dataset:
@@ -126,15 +126,14 @@ def encode(
         return [{"input_ids": r, "decoder_input_ids": r} if decoder else {"input_ids": r} for r in rows]
     some = _spread(list(itertools.islice((t for t in source if t.strip()), _LOOK * samples)), samples)
     encoded: list[Batch] = [
-        dict(tokenizer(text, truncation=True, max_length=context, return_tensors="pt"))  # type: ignore[arg-type]
-        for text in some
+        dict(tokenizer(text, truncation=True, max_length=context, return_tensors="pt")) for text in some
     ]
     if model.get_output_embeddings() is not None and tokenizer.mask_token_id is not None:
         draw = torch.Generator().manual_seed(seed)
         for inputs in encoded:
-            ids = inputs["input_ids"]
-            masked = torch.rand(ids.shape, generator=draw) < _MASKED
-            inputs["input_ids"] = ids.masked_fill(masked, tokenizer.mask_token_id)
+            whole = inputs["input_ids"]
+            masked = torch.rand(whole.shape, generator=draw) < _MASKED
+            inputs["input_ids"] = whole.masked_fill(masked, tokenizer.mask_token_id)
     by_length: dict[int, list[Batch]] = {}
     for inputs in encoded:
         by_length.setdefault(inputs["input_ids"].shape[1], []).append(inputs)
@@ -194,11 +193,10 @@ def _hold_out(batches: list[Batch]) -> Calibration:
 
 
 def _tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str | None) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        tokenizer = model.name_or_path
-    if isinstance(tokenizer, str):
-        if not tokenizer:
-            raise ValueError("tokenizer: the model has no name to find one by; give a tokenizer or the name of one")
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer)
-        return found
-    return tokenizer
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        return tokenizer
+    name = tokenizer or model.name_or_path
+    if not name:
+        raise ValueError("tokenizer: the model has no name to find one by; give a tokenizer or the name of one")
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    return found

@@ -160,7 +160,7 @@ class _Job:
             if overhead > 0.5 * self._bits(target) * target.parameter.numel():
                 dense[target.name] = SMALL
             else:
-                self.curves[target.name] = RateCurve(matrices, metrics, overhead)
+                self.curves[target.name] = RateCurve(matrices, metrics, overhead, self.config.trellis is not None)
                 kept.append(target)
             self._done_with(target)
         if not kept:
@@ -195,7 +195,8 @@ class _Job:
         matrices = target.matrices()
         factors = []
         for matrix, metric in zip(matrices, self.metrics(target.name, matrices), strict=True):
-            found = solve(matrix, metric, step, structure, self.config.block, self.config.seed, target.name)
+            options = self.config.block, self.config.seed, target.name, self.config.trellis or 0
+            found = solve(matrix, metric, step, structure, *options)
             factors.append(found.factors)
         self.packed[target.name] = pack(factors)
         self._done_with(target)

@@ -46,7 +46,7 @@ def _patches(module: nn.Conv1d | nn.Conv3d, x: Tensor) -> Tensor | None:
     """Rows of a convolution over one or three dimensions: F.unfold knows two only."""
     if any(d != 1 for d in module.dilation):
         return None
-    pads = [int(size) for size in reversed(module.padding) for _ in range(2)]
+    pads = [int(str(size)) for size in reversed(module.padding) for _ in range(2)]
     x = F.pad(x, pads)
     for axis, (kernel, stride) in enumerate(zip(module.kernel_size, module.stride, strict=True)):
         x = x.unfold(2 + axis, kernel, stride)

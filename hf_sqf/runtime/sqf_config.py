@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .sqf_trellis import TRELLIS_STATES
+
 QUANT_METHOD = "sqf"
 FORMAT_VERSION = 1
 """Rises when a model saved by this version could not be read by an older one."""
@@ -50,6 +52,9 @@ class SQFConfig(QuantizationConfigMixin):
         samples: how many inputs of the calibration data are measured, of each kind of text.
         context: how many tokens an input has at most.
         own_text: measure on as much text that the model writes itself, too: it helps on all that ``dataset`` lacks.
+        trellis: states of dependent quantization (4 to 256, a power of two), which rounds each code with regard to
+            those before it and takes the place of scalar rounding wherever it saves bits; None rounds scalar. More
+            states save more bits and take longer to find; decoding does not care.
         block: width of blocks for structures with a dictionary; None lets the structure choose.
         seed: of the starts that draw at random.
         dequantize: loading attribute: decode a compressed checkpoint into an ordinary model.
@@ -80,6 +85,7 @@ class SQFConfig(QuantizationConfigMixin):
     samples: int = 32
     context: int = 512
     own_text: bool = True
+    trellis: int | None = 64
     block: int | None = None
     seed: int = 0
     dequantize: bool = False
@@ -129,6 +135,7 @@ class SQFConfig(QuantizationConfigMixin):
         for name in ("include_embeddings", "dequantize", "own_text"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        _check_trellis(self.trellis)
         _check_int(self.seed, "seed", 0, 2**63 - 1)
         _check_int(self.format_version, "format_version", 1, FORMAT_VERSION)
         if self.block is not None:
@@ -182,8 +189,13 @@ def check_runtime(runtime: object) -> None:
         raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
 
 
+def _check_trellis(states: object) -> None:
+    if states is not None and (not _is_int(states) or states not in TRELLIS_STATES):
+        raise ValueError(f"trellis must be None or one of {TRELLIS_STATES}, got {states!r}")
+
+
 def parse_size(size: int | str) -> int:
-    """Return a size in bytes, of a positive integer or text such as ``"48MB"`` (10^6), ``"1.5 GB"`` or ``"9KiB"`` (2^10).
+    """Return a size in bytes, of a positive integer or text such as ``"48MB"`` (10^6) or ``"9KiB"`` (2^10).
 
     Raises:
         ValueError: it is neither.

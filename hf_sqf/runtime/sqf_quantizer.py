@@ -81,7 +81,7 @@ class SQFQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)
-        return model if dtype is None else model.to(dtype=dtype)
+        return model if dtype is None else model.to(dtype=dtype)  # type: ignore[call-arg]  # wrapped
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what is saved: the state dict, and one tensor that no ordinary load can digest.

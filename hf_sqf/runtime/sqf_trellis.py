@@ -16,7 +16,7 @@ More states cost the encoder time and decoding nothing.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +49,7 @@ class Machine(NamedTuple):
     grid: NDArray[np.int32]
 
 
-@lru_cache(maxsize=None)
+@cache
 def machine(states: int) -> Machine:
     """Return the machine with that many states.
 
