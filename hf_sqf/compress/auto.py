@@ -13,7 +13,7 @@ from .metric import Metric
 from .prediction import atoms_before_grid
 from .rate import atom_bits
 from .solution import Problem, Solution, slope
-from .structures import FEW, blocks_that_may_pay, grid, solve_sum, sparse_grid, vq, vq_widths
+from .structures import CLOSE, blocks_that_may_pay, grid, solve_sum, sparse_grid, vq, vq_widths
 from .two_factor import Blocks, solve_two_factor
 
 ALIKE = ("pgd", "svd", "sparse_pca")
@@ -21,6 +21,9 @@ ALIKE = ("pgd", "svd", "sparse_pca")
 SMALL = 1 << 20
 LEAST_SAVING = 0.002
 """Predicted saving of taking away a few atoms, relative to all costs, for which ``svd+grid`` is tried."""
+
+VQ_SAMPLE = 1 << 13
+"""Entries that vector quantization is tried on."""
 
 
 def solve_auto(problem: Problem) -> Solution:
@@ -32,7 +35,8 @@ def solve_auto(problem: Problem) -> Solution:
         tried += [solve_two_factor(blocks, structure) for structure in (ALIKE if small else ALIKE[:1])]
     whole = Blocks(problem)
     saving = atoms_before_grid(whole.principal[1], whole.rows, whole.width)[1] * problem.step**2
-    if saving > LEAST_SAVING * best.cost(problem.step):
+    reached, so_far = best.cost(problem.step), problem.least(tried).cost(problem.step)
+    if saving > LEAST_SAVING * reached and reached - saving < CLOSE * so_far:
         tried.append(solve_sum(problem, "svd", "grid"))
     if vq_may_pay(problem):
         tried.append(vq(problem))
@@ -44,7 +48,7 @@ def vq_may_pay(problem: Problem) -> bool:
 
     The widest blocks are taken whose codebook is still small for so few rows, lest it learn them by heart.
     """
-    rows = slice(None, None, math.ceil(problem.weight.numel() / FEW))
+    rows = slice(None, None, math.ceil(problem.weight.numel() / VQ_SAMPLE))
     g = problem.metric.g
     metric = Metric(problem.metric.H, g if g is None or g.numel() == 1 else g[rows])
     few = replace(problem, weight=problem.weight[rows], metric=metric)

@@ -92,7 +92,7 @@ def solve_grid(weight: Tensor, metric: Metric, step: float, sparse: bool = False
     if sparse:
         prices = _prices(weight, scales)
         finer = 1.0 - min(MOST_FINER, 0.5 * float(prices[0]))
-        scales, prices = grid_scales(metric, finer * step), prices / finer**2
+        scales, prices = grid_scales(metric, finer * step), (prices / finer**2).clamp_max(1.0)
     codes = _round(weight, metric, scales, prices)
     term = scales.term(codes)
     factors = Factors((weight.shape[0], weight.shape[1]), "pgd" if sparse else "grid", (term,))

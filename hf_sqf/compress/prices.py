@@ -24,7 +24,7 @@ _LEVELS = 256
 
 
 def prices_of(targets: Tensor) -> Tensor:
-    """Return ``lambda (b(k+1) - b(k))`` for k = 0, 1, ..., float64, never falling.
+    """Return ``lambda (b(k+1) - b(k))`` for k = 0, 1, ..., float64, never falling, at most 1.
 
     Args:
         targets: in noise steps, any shape. Frequencies are those of their codes, which depend on the prices in turn.
@@ -37,7 +37,7 @@ def prices_of(targets: Tensor) -> Tensor:
         count[1:] /= 2.0  # plus and minus
         known = max(2, int((count >= _SEEN).int().cumprod(0).sum()))
         bits = -torch.log2((count[:known] + 0.5) / size.numel())
-        steps = (slope(1.0) * bits.diff()).clamp_min(0.0).cummax(0).values
+        steps = (slope(1.0) * bits.diff()).clamp(0.0, 1.0).cummax(0).values
     return steps
 
 
@@ -46,13 +46,13 @@ def round_at_price(targets: Tensor, prices: Tensor) -> Tensor:
 
     Args:
         targets: any shape.
-        prices: what the step from magnitude k to k + 1 costs, never falling.
+        prices: what the step from magnitude k to k + 1 costs, never falling, at most 1: so that the best integer is
+            the nearest or the next one towards zero.
     """
-    bounds = torch.arange(len(prices), dtype=torch.float64) + 0.5 * (1.0 + prices)
     size = targets.abs()
-    near = torch.bucketize(size, bounds.to(size.dtype))
-    far = torch.round(size - 0.5 * float(prices[-1]))
-    return torch.where(near < len(prices), near.to(size.dtype), far.clamp_min(len(prices))) * targets.sign()
+    nearest = size.round()
+    half = 0.5 * torch.cat([prices.new_zeros(1), prices]).to(size.dtype)[nearest.clamp(max=len(prices)).long()]
+    return (nearest - (size - nearest + 0.5 < half).to(size.dtype)) * targets.sign()
 
 
 def price_of_codes(codes: Tensor, prices: Tensor) -> float:

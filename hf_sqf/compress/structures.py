@@ -20,6 +20,8 @@ PGD_WIDTHS = (9, 16, 64)
 """Widths of blocks, beside whole rows, of which ``pgd`` asks the spectrum: 9 is a kernel of a 3 x 3 convolution."""
 MARGIN = 0.96
 """What principal atoms may cost of their prediction, made for Gaussian entries: they are tried if that pays."""
+CLOSE = 1.02
+"""Predictions that differ by less than this are not taken to tell which is better."""
 VQ_WIDTHS = (1, 2, 4, 8)
 """Widths of blocks among which ``vq`` chooses, where the codebook that its rate calls for is no larger than:"""
 VQ_ATOMS = 1024
@@ -94,18 +96,18 @@ def low_rank(blocks: Blocks) -> Solution:
 def blocks_that_may_pay(problem: Problem, identity: Solution) -> list[Blocks]:
     """Return the cuts into blocks whose principal atoms may cost less than the solution from the identity.
 
-    They must by prediction save something over the columns as they are, and what they cost must come near to what
-    the identity really took.
+    They must by prediction save something over the columns as they are, what they cost must come near to what the
+    identity really took, and to the least that is predicted of any.
     """
     n = problem.weight.shape[1]
     widths = [problem.width] if problem.width else [n, *(d for d in PGD_WIDTHS if d < n and n % d == 0)]
     limit = identity.cost(problem.step) / problem.step**2
-    paying = []
+    costs = {}
     for blocks in (Blocks(problem, d) for d in widths):
         cost = low_rank_cost(blocks.principal[1], blocks.rows, blocks.width)
         if MARGIN * cost < limit and cost < columns_cost(blocks.power_of_columns, blocks.rows):
-            paying.append(blocks)
-    return paying
+            costs[blocks] = cost
+    return [blocks for blocks, cost in costs.items() if cost < CLOSE * min(costs.values())]
 
 
 def vq_widths(problem: Problem) -> list[int]:
