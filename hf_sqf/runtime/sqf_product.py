@@ -9,6 +9,7 @@ In plain inference, modules skip the operators (:func:`plain`): at batch 1 a dis
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from .sqf_backends import matrices_in
 from .sqf_running import Running
+
+NAMESPACE = "sqf" if __name__ == "hf_sqf.runtime.sqf_product" else f"sqf_{zlib.crc32(__name__.encode()):08x}"
+"""Of the operators. A copy that came with a model has its own: torch drops an operator when another takes its name."""
 
 
 def product(matrix: Running, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,7 +48,7 @@ def plain(x: Tensor, bias: Tensor | None = None) -> bool:
     )
 
 
-@torch.library.custom_op("sqf::linear", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear", mutates_args=())
 def linear(x: Tensor, data: Tensor, bias: Tensor | None, m: int, n: int, runtime: str, dtype: torch.dtype) -> Tensor:
     """Return ``x . W^T + bias``: x (..., n) to (..., m), in the dtype of x.
 
@@ -65,7 +69,7 @@ def _(x: Tensor, data: Tensor, bias: Tensor | None, m: int, n: int, runtime: str
     return x.new_empty((*x.shape[:-1], m))
 
 
-@torch.library.custom_op("sqf::linear_transposed", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_transposed", mutates_args=())
 def linear_transposed(y: Tensor, data: Tensor, m: int, n: int, runtime: str, dtype: torch.dtype) -> Tensor:
     """Return ``y . W``: y (..., m) to (..., n), the gradient of :func:`linear` with respect to its input."""
     flat = y.reshape(-1, m)
@@ -104,7 +108,7 @@ linear.register_autograd(_linear_backward, setup_context=_linear_context)
 linear_transposed.register_autograd(_transposed_backward, setup_context=_transposed_context)
 
 
-@torch.library.custom_op("sqf::rows", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rows", mutates_args=())
 def rows(ids: Tensor, data: Tensor, n: int, runtime: str, dtype: torch.dtype) -> Tensor:
     """Return the rows ``ids`` (integers of any shape) of W as (..., n); no other is decoded.
 
@@ -120,7 +124,7 @@ def _(ids: Tensor, data: Tensor, n: int, runtime: str, dtype: torch.dtype) -> Te
     return data.new_empty((*ids.shape, n), dtype=dtype)
 
 
-@torch.library.custom_op("sqf::matrix", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::matrix", mutates_args=())
 def matrix(data: Tensor, index: int, m: int, n: int, runtime: str, dtype: torch.dtype, keep: torch.dtype) -> Tensor:
     """Return the dense matrix with a given index, of a stack of experts for one, as (m, n).
 

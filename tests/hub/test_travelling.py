@@ -135,7 +135,9 @@ def test_two_copies_in_one_process(small: Path, tmp_path: Path, monkeypatch: pyt
     older.register()
     second = AutoModelForCausalLM.from_pretrained(small)
     assert type(second.hf_quantizer).__module__ == "older_sqf.sqf_quantizer"
-    torch.testing.assert_close(first(tokens).logits, second(tokens).logits)
+    for enabled in (False, True):  # outside of operators, and through them
+        with torch.set_grad_enabled(enabled):
+            torch.testing.assert_close(first(tokens).logits, second(tokens).logits)
     second.save_pretrained(tmp_path / "second")
     first.save_pretrained(tmp_path / "first")
     assert (tmp_path / "first" / "model.safetensors").read_bytes() == (
