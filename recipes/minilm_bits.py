@@ -39,7 +39,7 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     for bits in BITS:
-        model = AutoModel.from_pretrained(source, quantization_config=SQFConfig(bits=bits))
+        model = AutoModel.from_pretrained(source, quantization_config=SQFConfig(bits=bits, trellis=None))
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             small = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

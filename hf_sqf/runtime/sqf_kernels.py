@@ -57,7 +57,8 @@ SLACK = 64
 
 CODES, KIND, M, N, STEPS, ROWS, STARTS, COLUMNS, VALUES, GOMP, WORKER = range(11)
 """Fields of a matrix's descriptor, int64 each: addresses (0: there is none) of the dense part, float32 steps (n) and
-rows (m), and the sparse remainder's int32 starts (m + 1), uint16 columns and int16 values; and of what forks and works, see
+rows (m), and the sparse remainder's int32 starts (m + 1), uint16 columns and int16 values; and of what forks and
+works, see
 :class:`Kernels`. KIND is a storage."""
 
 # Fields of a call, int64 each. X: the scaled inputs, float32; INPUTS: what the inner products take.
