@@ -13,7 +13,17 @@ from .metric import Metric
 from .prediction import atoms_before_grid
 from .rate import atom_bits
 from .solution import Problem, Solution, slope
-from .structures import CLOSE, blocks_that_may_pay, grid, solve_sum, sparse_grid, vq, vq_widths
+from .structures import (
+    CLOSE,
+    blocks_that_may_pay,
+    blocks_to_ask,
+    grid,
+    has_spectrum,
+    solve_sum,
+    sparse_grid,
+    vq,
+    vq_widths,
+)
 from .two_factor import Blocks, solve_two_factor
 
 ALIKE = ("pgd", "svd", "sparse_pca")
@@ -21,7 +31,6 @@ ALIKE = ("pgd", "svd", "sparse_pca")
 SMALL = 1 << 20
 LEAST_SAVING = 0.002
 """Predicted saving of taking away a few atoms, relative to all costs, for which ``svd+grid`` is tried."""
-
 VQ_SAMPLE = 1 << 13
 """Entries that vector quantization is tried on."""
 
@@ -31,16 +40,25 @@ def solve_auto(problem: Problem) -> Solution:
     best = problem.least([grid(problem), sparse_grid(problem)])
     tried = [best]
     small = problem.weight.numel() <= SMALL
-    for blocks in blocks_that_may_pay(problem, best):
+    cuts = blocks_to_ask(problem)
+    for blocks in blocks_that_may_pay(cuts, best):
         tried += [solve_two_factor(blocks, structure) for structure in (ALIKE if small else ALIKE[:1])]
-    whole = Blocks(problem)
-    saving = atoms_before_grid(whole.principal[1], whole.rows, whole.width)[1] * problem.step**2
-    reached, so_far = best.cost(problem.step), problem.least(tried).cost(problem.step)
-    if saving > LEAST_SAVING * reached and reached - saving < CLOSE * so_far:
-        tried.append(solve_sum(problem, "svd", "grid"))
+    whole = next((b for b in cuts if b.count == 1), None) or Blocks(problem)
+    if sum_may_pay(whole, best, problem.least(tried)):
+        tried.append(solve_sum(problem, "svd", "grid", whole))
     if vq_may_pay(problem):
         tried.append(vq(problem))
     return problem.least(tried)
+
+
+def sum_may_pay(whole: Blocks, rounded: Solution, best: Solution) -> bool:
+    """Whether atoms taken away before rounding save something, and enough to come near to the best so far."""
+    if not has_spectrum(whole):
+        return False
+    step = whole.problem.step
+    saving = step**2 * atoms_before_grid(whole.principal[1], whole.rows, whole.width)[1]
+    cost = rounded.cost(step)
+    return saving > LEAST_SAVING * cost and cost - saving < CLOSE * best.cost(step)
 
 
 def vq_may_pay(problem: Problem) -> bool:

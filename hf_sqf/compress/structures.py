@@ -20,6 +20,8 @@ PGD_WIDTHS = (9, 16, 64)
 """Widths of blocks, beside whole rows, of which ``pgd`` asks the spectrum: 9 is a kernel of a 3 x 3 convolution."""
 MARGIN = 0.96
 """What principal atoms may cost of their prediction, made for Gaussian entries: they are tried if that pays."""
+LARGEST_SPECTRUM = 2048
+"""Smaller side of a matrix beyond which its spectrum takes longer to find than all else, and is not asked for."""
 CLOSE = 1.02
 """Predictions that differ by less than this are not taken to tell which is better."""
 VQ_WIDTHS = (1, 2, 4, 8)
@@ -57,7 +59,7 @@ def sparse_pca(problem: Problem) -> Solution:
 def pgd(problem: Problem) -> Solution:
     """Sparse codes, from the identity, and from the SVD of rows and of blocks where that may pay."""
     identity = sparse_grid(problem)
-    cuts = blocks_that_may_pay(problem, identity)
+    cuts = blocks_that_may_pay(blocks_to_ask(problem), identity)
     return problem.least([identity, *(solve_two_factor(blocks, "pgd") for blocks in cuts)])
 
 
@@ -71,13 +73,13 @@ SOLVERS: dict[str, Solver] = {"grid": grid, "svd": svd, "sparse_pca": sparse_pca
 """The structures."""
 
 
-def solve_sum(problem: Problem, first: str, second: str) -> Solution:
+def solve_sum(problem: Problem, first: str, second: str, blocks: Blocks | None = None) -> Solution:
     """Solve for a sum of two structures, such as ``svd+grid``: the second stands for what the first leaves.
 
     ``svd`` takes only atoms that pay although what they leave is stored, too; ``grid`` has a dead zone: low rank
-    plus sparse.
+    plus sparse. ``blocks`` is the problem cut into blocks, where that was done before.
     """
-    head = low_rank(Blocks(problem, problem.width)) if first == "svd" else SOLVERS[first](problem)
+    head = low_rank(blocks or Blocks(problem, problem.width)) if first == "svd" else SOLVERS[first](problem)
     rest = replace(problem, weight=problem.weight.float() - head.factors.dense())
     tail = sparse_grid(rest) if second == "grid" and not problem.trellis else SOLVERS[second](rest)
     used = tuple(t for t in (*head.factors.terms, *tail.factors.terms) if t.one_hot or t.nonzeros)
@@ -93,21 +95,31 @@ def low_rank(blocks: Blocks) -> Solution:
     return solve_two_factor(blocks, "svd", count=lambda *spectrum: atoms_before_grid(*spectrum)[0])
 
 
-def blocks_that_may_pay(problem: Problem, identity: Solution) -> list[Blocks]:
-    """Return the cuts into blocks whose principal atoms may cost less than the solution from the identity.
+def blocks_to_ask(problem: Problem) -> list[Blocks]:
+    """Return the cuts into blocks of which the spectrum is asked: the width given, or whole rows and some others."""
+    n = problem.weight.shape[1]
+    widths = [problem.width] if problem.width else [n, *(d for d in PGD_WIDTHS if d < n and n % d == 0)]
+    return [blocks for blocks in (Blocks(problem, d) for d in widths) if has_spectrum(blocks)]
+
+
+def blocks_that_may_pay(cuts: list[Blocks], identity: Solution) -> list[Blocks]:
+    """Return those whose principal atoms may cost less than the solution from the identity.
 
     They must by prediction save something over the columns as they are, what they cost must come near to what the
     identity really took, and to the least that is predicted of any.
     """
-    n = problem.weight.shape[1]
-    widths = [problem.width] if problem.width else [n, *(d for d in PGD_WIDTHS if d < n and n % d == 0)]
-    limit = identity.cost(problem.step) / problem.step**2
     costs = {}
-    for blocks in (Blocks(problem, d) for d in widths):
+    for blocks in cuts:
+        limit = identity.cost(blocks.problem.step) / blocks.problem.step**2
         cost = low_rank_cost(blocks.principal[1], blocks.rows, blocks.width)
         if MARGIN * cost < limit and cost < columns_cost(blocks.power_of_columns, blocks.rows):
             costs[blocks] = cost
     return [blocks for blocks, cost in costs.items() if cost < CLOSE * min(costs.values())]
+
+
+def has_spectrum(blocks: Blocks) -> bool:
+    """Whether the spectrum of the blocks may be asked for."""
+    return min(blocks.rows, blocks.width) <= LARGEST_SPECTRUM
 
 
 def vq_widths(problem: Problem) -> list[int]:
