@@ -270,7 +270,11 @@ def decode_integers(
         reader.byte() if flags & _SHIFT else 0,
         reader.byte() if flags & _ESCAPES else 0,
     )
-    if layout.shift > 31 or layout.escape_bits > 34:
+    if (
+        (flags & _SHIFT and not 1 <= layout.shift <= 31)
+        or (flags & _ESCAPES and not 1 <= layout.escape_bits <= 34)
+        or (flags & (_ROWS | _COLS) and (m == 1 or n == 1))  # so that a spread cannot have spreads in turn
+    ):
         raise ValueError("the header of an array is damaged")
     plan = _read_plan(reader, m, n, flags, len(_grids(trellis)))
     parts = _read_chunks(reader, (m, n), layout, trellis > 0, slice(start, stop))
@@ -363,32 +367,34 @@ def _decode_chunk(
         planes = chunk.planes[packed_size(layout.escape_bits, chunk.escapes) :]
         low = unpack_bits(planes, layout.shift, contexts.count)
         parity = (low & 1).astype(np.uint8)
-    symbols = decode(chunk.stream, contexts, parity, backend, device)
+    symbols, grids = decode(chunk.stream, contexts, parity, backend, device)
     where = escapes_of(symbols, chunk.escapes)
     escaped = escaped_values(chunk.planes, chunk.escapes, layout.escape_bits)
-    if contexts.machine is None and low is None and layout.offset == 0:
-        first = inside.start * shape[1]
-        chosen = (where >= first) & (where < inside.stop * shape[1])
+    first, last = inside.start * shape[1], inside.stop * shape[1]
+    flat = target.reshape(-1)
+    if low is None and layout.offset == 0:
+        # Symbols are most of the values, and int8; the few escaped ones are put in their places.
+        values = symbols
+        if grids is not None:
+            values, escaped = points_of_codes(symbols, grids), points_of_codes(escaped, grids[where])
+            values[where] = 0
+        chosen = (where >= first) & (where < last)
+        _check_width(values[first:last], target)
         _check_width(escaped[chosen], target)
-        target[:] = symbols.reshape(shape)[inside]
-        target.reshape(-1)[where[chosen] - first] = escaped[chosen]
+        flat[:] = values[first:last]
+        flat[where[chosen] - first] = escaped[chosen]
         return
-    codes: np.ndarray = symbols
-    if low is not None or len(where) or contexts.machine is None:
-        codes = symbols.astype(np.int64)
-        codes[where] = escaped
-        codes = codes + layout.offset if low is None else (codes << layout.shift | low) + layout.offset
-    if contexts.machine is not None:
-        # Symbols alone make points of at most 252, so that int16 will do on the way.
-        points = np.empty(shape, np.int16 if codes.dtype == np.int8 else np.int64)
-        points_of_codes(codes.reshape(shape), contexts.machine, points)
-        codes = points
-    values = codes.reshape(shape)[inside]
+    values = symbols.astype(np.int64)
+    values[where] = escaped
+    values = values if low is None else values << layout.shift | low
+    values = layout.offset + (values if grids is None else points_of_codes(values, grids))[first:last]
     _check_width(values, target)
-    target[:] = values
+    flat[:] = values
 
 
 def _check_width(values: np.ndarray, target: np.ndarray) -> None:
+    if values.dtype.itemsize <= target.dtype.itemsize:
+        return
     limits = np.iinfo(target.dtype)
     if values.size and not (limits.min <= int(values.min()) and int(values.max()) <= limits.max):
         raise ValueError("a value does not fit the width of its array")

@@ -30,6 +30,9 @@ class _Decoder(Protocol):
     def symbols(self) -> np.ndarray:
         """Return uint8 (m * n,), what has been decoded."""
 
+    def groups(self) -> np.ndarray | None:
+        """Return uint8 (m * n,), the group of each symbol; None without a machine."""
+
 
 @jit
 def _decode_compiled(
@@ -89,16 +92,19 @@ def _decode_compiled_machine(
     first: int,
     last: int,
     out: np.ndarray,
-    base: np.ndarray,
     step: np.ndarray,
-    parity: np.ndarray,
+    parity: np.ndarray | None,
     column: np.ndarray,
+    groups: np.ndarray,
 ) -> int:
-    """The same with a machine: ``base`` (S,) first class of a state, ``step`` (2 S,) next state, ``column`` (n,)."""
+    """The same with a machine.
+
+    ``column`` uint32 (n,) holds each column's state as ``step`` (2 S,) gives the next by ``2 * state + parity``: bits
+    0..8 are twice the state, bit 9 its group, and the rest the first class of that group.
+    """
     lanes, n = states.size, cols.size
     at, end = np.uint64(0), np.uint64(words.size)
     one, none = np.uint64(1), np.uint64(0)
-    planes = parity.size > 0
     lane, t, i = 0, first, first // n
     j = first - i * n
     while t < last:
@@ -109,8 +115,8 @@ def _decode_compiled_machine(
                 return -1
             for k in range(length):
                 x = states[np.uint64(lane + k)]
-                state = np.uint32(column[np.uint64(j + k)])
-                index = np.uint32(min(max(row + cols[np.uint64(j + k)], 0), classes - 1)) + base[state]
+                state = column[np.uint64(j + k)]
+                index = np.uint32(min(max(row + cols[np.uint64(j + k)], 0), classes - 1)) + (state >> np.uint32(10))
                 entry = table[(index << np.uint32(12)) | (x & np.uint32(0xFFF))]
                 x = np.uint32(
                     ((entry >> np.uint32(8)) & np.uint32(0xFFF)) * (x >> np.uint32(12)) + (entry >> np.uint32(20))
@@ -121,8 +127,9 @@ def _decode_compiled_machine(
                 at += one if low else none
                 states[np.uint64(lane + k)] = x
                 out[np.uint64(t + k)] = np.uint8(entry & np.uint32(0xFF))
-                odd = np.uint32(parity[np.uint64(t + k)]) if planes else entry & np.uint32(1)
-                column[np.uint64(j + k)] = step[(state << np.uint32(1)) | odd]
+                groups[np.uint64(t + k)] = np.uint8((state >> np.uint32(9)) & np.uint32(1))
+                odd = entry & np.uint32(1) if parity is None else np.uint32(parity[np.uint64(t + k)])
+                column[np.uint64(j + k)] = step[(state & np.uint32(0x1FF)) | odd]
             t += length
             j += length
             lane += length
@@ -138,21 +145,28 @@ class _Compiled:
         self.contexts = contexts
         self.out = np.empty(contexts.count, np.uint8)
         self.table = slots(contexts.table.reshape(-1, SYMBOLS)).reshape(-1)
-        self.parity = np.zeros(0, np.uint8) if parity is None else parity
+        self.parity = parity
         if contexts.machine is not None:
-            self.base = np.array(contexts.group_of_state, np.uint32) * np.uint32(contexts.classes)
-            self.step = contexts.machine.next_state.reshape(-1).astype(np.uint8)
-            self.column = np.zeros(len(contexts.cols), np.uint8)
+            group = np.array(contexts.group_of_state, np.uint32)
+            state = (
+                np.arange(len(group), dtype=np.uint32) << 1 | group << 9 | (group * np.uint32(contexts.classes)) << 10
+            )
+            self.step = state[contexts.machine.next_state.reshape(-1)]
+            self.column = np.full(len(contexts.cols), state[0])
+            self.visited = np.empty(contexts.count, np.uint8)
 
     def run(self, words: np.ndarray, states: np.ndarray, first: int, last: int) -> int:
         c, padded = self.contexts, np.concatenate([words, np.zeros(len(states), np.uint16)])
         common = (padded, states, c.rows, c.cols, self.table, c.classes, first, last, self.out)
         if c.machine is None:
             return int(_decode_compiled(*common))
-        return int(_decode_compiled_machine(*common, self.base, self.step, self.parity, self.column))
+        return int(_decode_compiled_machine(*common, self.step, self.parity, self.column, self.visited))
 
     def symbols(self) -> np.ndarray:
         return self.out
+
+    def groups(self) -> np.ndarray | None:
+        return None if self.contexts.machine is None else self.visited
 
 
 class _Vectors:
@@ -204,6 +218,11 @@ class _Vectors:
     def symbols(self) -> np.ndarray:
         return self.symbol[self.slot]
 
+    def groups(self) -> np.ndarray | None:
+        if self.contexts.machine is None:
+            return None
+        return np.array(self.contexts.group_of_state, np.uint8)[self.column[: self.contexts.count]]
+
 
 class _Torch:
     """No step waits for the host."""
@@ -250,6 +269,12 @@ class _Torch:
         symbols: np.ndarray = self.entries.to(torch.uint8).cpu().numpy()
         return symbols
 
+    def groups(self) -> np.ndarray | None:
+        if self.contexts.machine is None:
+            return None
+        visited: np.ndarray = self.column[: self.contexts.count].cpu().numpy()
+        return np.array(self.contexts.group_of_state, np.uint8)[visited]
+
 
 class _Reference:
     """A symbol at a time; the quickest for short sequences without numba."""
@@ -262,13 +287,14 @@ class _Reference:
         self.group = (0,) if machine is None else contexts.group_of_state
         self.step = [[0, 0]] if machine is None else machine.next_state.tolist()
         self.column = [0] * len(self.cols)
-        self.out = bytearray(contexts.count)
+        self.out, self.visited = bytearray(contexts.count), bytearray(contexts.count)
 
     def run(self, words: np.ndarray, states: np.ndarray, first: int, last: int) -> int:
         n, lanes, source, x, at = len(self.cols), len(states), words.tolist(), states.tolist(), 0
         for t in range(first, last):
             i, j = divmod(t, n)
             lane, column = (t - first) % lanes, self.column[j]
+            self.visited[t] = self.group[column]
             index = self.group[column] * self.classes + min(max(self.rows[i] + self.cols[j], 0), self.classes - 1)
             state = x[lane]
             entry = self.table[index << PROBABILITY_BITS | state & _SLOT]
@@ -286,6 +312,9 @@ class _Reference:
 
     def symbols(self) -> np.ndarray:
         return np.frombuffer(self.out, np.uint8)
+
+    def groups(self) -> np.ndarray | None:
+        return np.frombuffer(self.visited, np.uint8) if len(self.step) > 1 else None
 
 
 def _decoder(
@@ -312,8 +341,8 @@ def decode(
     parity: np.ndarray | None = None,
     backend: str = "auto",
     device: torch.device | str = "cpu",
-) -> np.ndarray:
-    """Return the symbols, int8 (m * n,).
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the symbols, int8 (m * n,), and with a machine the group of each, uint8 (m * n,).
 
     Args:
         stream: what :func:`hf_sqf.runtime.sqf_rans.encode` made, of at least one lane and with a tail shorter than
@@ -341,4 +370,4 @@ def decode(
         whole = False
     if not whole:
         raise ValueError("entropy-coded symbols are damaged")
-    return decoder.symbols().view(np.int8)
+    return decoder.symbols().view(np.int8), decoder.groups()

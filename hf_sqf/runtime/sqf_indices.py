@@ -134,7 +134,7 @@ def decode_indices(
     for (first, length), size in zip(chunks, sizes, strict=True):
         stream, plane = read_stream(reader, size), reader.raw(packed_size(shift, length))
         if first < stop and first + length > start:
-            decoded = decode(stream, _contexts(frequencies, length), None, backend, device)
+            decoded, _ = decode(stream, _contexts(frequencies, length), None, backend, device)
             indices = decoded.astype(np.int64) + 128 << shift | unpack_bits(plane, shift, length)
             parts.append(indices[max(start - first, 0) : stop - first])
     reader.end()

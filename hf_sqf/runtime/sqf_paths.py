@@ -63,22 +63,23 @@ def codes_of_points(points: np.ndarray, machine: Machine, compiled: bool = HAVE_
 
 
 @jit
-def _points_compiled(codes: np.ndarray, grid: np.ndarray, step: np.ndarray, points: np.ndarray) -> None:
-    column = np.zeros(codes.shape[1], np.uint8)
-    for i in range(codes.shape[0]):
-        for j in range(codes.shape[1]):
-            state, k = column[j], np.int64(codes[i, j])
-            q = np.int64(grid[state])
-            points[i, j] = 2 * k - (q if k > 0 else (-q if k < 0 else 0))
-            column[j] = step[state, k & 1]
+def _points_compiled(codes: np.ndarray, grids: np.ndarray, points: np.ndarray) -> None:
+    for t in range(codes.size):
+        k = np.int16(codes[t])
+        points[t] = 2 * k - np.int16(grids[t]) * (np.int16(k > 0) - np.int16(k < 0))
 
 
-def points_of_codes(codes: np.ndarray, machine: Machine, points: np.ndarray, compiled: bool = HAVE_NUMBA) -> None:
-    """Write the fine-grid integers u of the codes k (m, n), from state 0, to ``points`` (m, n)."""
+def points_of_codes(codes: np.ndarray, grids: np.ndarray, compiled: bool = HAVE_NUMBA) -> np.ndarray:
+    """Return the fine-grid integers u of codes k (t,) on the grids Q0 and Q1, ``grids`` uint8 (t,).
+
+    Codes of int8 give int8 where that surely holds all points, or int16; others give int64.
+    """
+    if codes.dtype != np.int8:
+        return 2 * codes.astype(np.int64) - grids * np.sign(codes).astype(np.int64)
+    small = codes.size > 0 and codes.min() >= -64 and codes.max() <= 63
+    points = np.empty(codes.shape, np.int8 if small else np.int16)
     if compiled:
-        _points_compiled(codes, machine.grid, machine.next_state, points)
-        return
-    column = np.zeros(codes.shape[1], np.uint8)
-    for i, k in enumerate(codes):
-        points[i] = 2 * k.astype(np.int64) - machine.grid[column] * np.sign(k)
-        column = machine.next_state[column, k & 1]
+        _points_compiled(codes, grids, points)
+    else:
+        points[:] = 2 * codes.astype(np.int16) - grids.astype(np.int16) * np.sign(codes)
+    return points

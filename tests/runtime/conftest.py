@@ -8,7 +8,6 @@ import torch
 
 from hf_sqf.runtime.sqf_codec import chunk_rows
 from hf_sqf.runtime.sqf_factors import Factors, Term
-from hf_sqf.runtime.sqf_paths import points_of_codes
 from hf_sqf.runtime.sqf_trellis import machine
 
 STRUCTURES = ("grid", "grid_one_step", "trellis", "svd", "sparse_pca", "vq", "pgd", "svd+grid")
@@ -17,10 +16,18 @@ STRUCTURES = ("grid", "grid_one_step", "trellis", "svd", "sparse_pca", "vq", "pg
 def path(rng: np.random.Generator, shape: tuple[int, int], states: int, scale: float = 1.5) -> np.ndarray:
     """Return fine-grid integers on a random path of a machine."""
     codes = np.rint(rng.laplace(scale=scale, size=shape)).astype(np.int32)
-    points = np.empty(shape, np.int32)
-    rows = chunk_rows(*shape)
-    for first in range(0, shape[0], rows):
-        points_of_codes(codes[first : first + rows], machine(states), points[first : first + rows])
+    return walk(codes, states)
+
+
+def walk(codes: np.ndarray, states: int) -> np.ndarray:
+    """Return the fine-grid integers of codes (m, n) down the columns, each chunk of rows from state 0."""
+    next_state, grid = machine(states)
+    points, column = np.empty_like(codes), np.zeros(codes.shape[1], np.int64)
+    for i, k in enumerate(codes):
+        if i % chunk_rows(*codes.shape) == 0:
+            column[:] = 0
+        points[i] = 2 * k - grid[column] * np.sign(k)
+        column = next_state[column, k & 1].astype(np.int64)
     return points
 
 

@@ -14,6 +14,7 @@ from hf_sqf.runtime.sqf_decoders import BACKENDS
 from hf_sqf.runtime.sqf_indices import decode_indices, encode_indices
 from hf_sqf.runtime.sqf_paths import codes_of_points, points_of_codes
 from hf_sqf.runtime.sqf_trellis import TRELLIS_STATES, machine
+from tests.runtime.conftest import walk
 
 DECODERS = [name for name in BACKENDS if name != "auto"]
 LOW, HIGH = -(1 << 31), (1 << 31) - 1
@@ -64,8 +65,7 @@ def test_any_array_comes_back(values, data):
     states=st.sampled_from([4, 8, 256]),
 )
 def test_any_path_of_a_machine_comes_back(codes, states):
-    points = np.empty(codes.shape, np.int64)
-    points_of_codes(codes, machine(states), points)
+    points = walk(codes.astype(np.int64), states)
     coded = encode_integers(points, trellis=states)
     assert coded == encode_integers(points, trellis=states, compiled=False)
     for backend in DECODERS:
@@ -77,9 +77,10 @@ def test_points_and_codes_are_inverse(states, random_path):
     points = random_path(np.random.default_rng(1), (50, 20), states)
     for compiled in (True, False):
         codes, visited = codes_of_points(points, machine(states), compiled)
-        again = np.empty_like(points)
-        points_of_codes(codes, machine(states), again, compiled)
-        assert np.array_equal(again, points)
+        grids = machine(states).grid[visited].astype(np.uint8)
+        for width in (np.int8, np.int64):
+            again = points_of_codes(codes.astype(width).reshape(-1), grids.reshape(-1), compiled)
+            assert np.array_equal(again.reshape(points.shape), points)
         assert (visited[0] == 0).all()
 
 

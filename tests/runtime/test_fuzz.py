@@ -244,3 +244,15 @@ def test_files_are_named(tmp_path: Path, factors_of):
         save_file({NAME: damaged, "norm.weight": torch.ones(3)}, file)
         with pytest.raises(ValueError, match="model.safetensors: layers.7.weight_factors: "):
             size_report(tmp_path)
+
+
+def test_spreads_cannot_be_nested():
+    inner = b"\x30" + bytes(3)
+    for _ in range(5000):  # each level names a spread of its own: a recursion without end
+        out = Writer()
+        out.raw(b"\x20\x00\x54")
+        out.block(inner)
+        inner = bytes(out)
+    for shape in ((1, 40), (40, 1), (40, 40)):
+        with pytest.raises(ValueError, match="."):
+            decode_integers(inner, shape)

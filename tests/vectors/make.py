@@ -20,7 +20,6 @@ from hf_sqf.runtime.sqf_codec import encode_integers
 from hf_sqf.runtime.sqf_container import pack
 from hf_sqf.runtime.sqf_factors import Factors, Term
 from hf_sqf.runtime.sqf_indices import encode_indices
-from hf_sqf.runtime.sqf_paths import points_of_codes
 from hf_sqf.runtime.sqf_trellis import machine
 
 FOLDER = Path(__file__).parent
@@ -60,8 +59,11 @@ def arrays() -> list[dict[str, Any]]:
     ]
     for states, scale in ((4, 1.5), (8, 1.5), (8, 800.0)):
         codes = drawn(11, (40, 25), scale)
-        points = np.empty_like(codes)
-        points_of_codes(codes, machine(states), points)
+        next_state, grid = machine(states)
+        points, column = np.empty_like(codes), np.zeros(codes.shape[1], np.int64)
+        for i, k in enumerate(codes):
+            points[i] = 2 * k - grid[column] * np.sign(k)
+            column = next_state[column, k & 1]
         cases.append((f"{states} states, magnitude {scale:g}", points, states, None, None))
     return [
         {
