@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.base import _assign_is_quantized
 from transformers.utils import logging as transformers_logging
 
 from ..runtime.sqf_config import HUB_ID, QUANT_METHOD, SQFConfig, parse_size
 from ..runtime.sqf_container import pack
+from ..runtime.sqf_modules import SUFFIX
 from ..runtime.sqf_quantizer import SQFQuantizer, place, settle
+from ..runtime.sqf_size import compressed_bytes, entry_bytes
 from .budget import OCTAVES, RateCurve, fit, smallest
 from .collect import measure
 from .factorize import solve
@@ -115,7 +118,7 @@ def compress_weights(
     bits = config.bits
     if config.target_size is not None:
         bits = bits_for_size(model, targets, parse_size(config.target_size))
-    job = _Job(config, bits, metrics)
+    job = _Job(config, bits, metrics, _Header(model, targets, bits))
     targets = job.prepare(targets, dense)
     packed = job.run(targets)
     total = sum(p.numel() for p in model.parameters())
@@ -128,7 +131,7 @@ def compress_weights(
     trim()
     if any(target.held.stacked for target in targets):
         model.set_experts_implementation("eager")
-    config.coverage = _coverage(targets, packed, dense, total)
+    config.coverage = _coverage(targets, 8.0 * compressed_bytes(model), dense, total)
     if statistics is not None:
         config.coverage["calibration"] = statistics.summary()
     config.base_model = config.base_model or _hub_id(model.name_or_path or "")
@@ -136,11 +139,28 @@ def compress_weights(
     _log(config.coverage)
 
 
+class _Header:
+    """The header of the file that the model will be saved to: names and offsets in it count, too."""
+
+    def __init__(self, model: PreTrainedModel, targets: list[Target], bits: float) -> None:
+        compressed = {target.parameter for target in targets}
+        rest = sum(p.numel() * p.element_size() for p in model.parameters() if p not in compressed)
+        self._end = rest + int(bits * sum(p.numel() for p in compressed) / 8)  # about, for the number of its digits
+        numbered = {target.name + SUFFIX: torch.tensor([i]) for i, target in enumerate(targets)}
+        saved = revert_weight_conversion(model, numbered)  # transformers may save under older names
+        self._names = {targets[int(number)].name: name for name, number in saved.items()}
+
+    def entry(self, target: Target, size: int) -> int:
+        """Return the bytes of the entry of a weight that is packed into ``size`` bytes."""
+        entry = {"dtype": "U8", "shape": [size], "data_offsets": [self._end, self._end]}
+        return entry_bytes(self._names[target.name], entry)
+
+
 class _Job:
     """One run over the weights of a model: what is known of each, and its result so far."""
 
-    def __init__(self, config: SQFConfig, bits: float, metrics: MetricOf) -> None:
-        self.config, self.bits, self.metrics = config, bits, metrics
+    def __init__(self, config: SQFConfig, bits: float, metrics: MetricOf, header: _Header) -> None:
+        self.config, self.bits, self.metrics, self.header = config, bits, metrics, header
         self.curves: dict[str, RateCurve] = {}
         self.packed: dict[str, Tensor] = {}
         self._read = 0
@@ -156,8 +176,10 @@ class _Job:
             _check_finite(target)
             matrices = target.matrices()
             metrics = self.metrics(target.name, matrices)
-            overhead = 8.0 * self._side_information(target, matrices, metrics)
-            if overhead > 0.5 * self._bits(target) * target.parameter.numel():
+            side = self._side_information(target, matrices, metrics)
+            overhead = 8.0 * (side + self.header.entry(target, 10**4))
+            element = 8 * target.parameter.element_size()
+            if overhead + self._bits(target) * target.parameter.numel() >= element * target.parameter.numel():
                 dense[target.name] = SMALL
             else:
                 self.curves[target.name] = RateCurve(matrices, metrics, overhead, self.config.trellis is not None)
@@ -200,7 +222,8 @@ class _Job:
             factors.append(found.factors)
         self.packed[target.name] = pack(factors)
         self._done_with(target)
-        return 8 * self.packed[target.name].numel()
+        size = self.packed[target.name].numel()
+        return 8 * (size + self.header.entry(target, size))
 
     def _done_with(self, target: Target) -> None:
         """Give back the memory of a dense weight that has been read, and of what was computed on the way."""
@@ -243,12 +266,11 @@ def _check_finite(target: Target) -> None:
             raise ValueError(f"{target.name} has NaN or infinite entries")
 
 
-def _coverage(targets: list[Target], packed: dict[str, Tensor], dense: dict[str, str], total: int) -> dict[str, Any]:
+def _coverage(targets: list[Target], size: float, dense: dict[str, str], total: int) -> dict[str, Any]:
     compressed = sum(target.parameter.numel() for target in targets)
-    size = sum(packed[target.name].numel() for target in targets)
     return {
         "weights": len(targets),
-        "bits": round(8.0 * size / compressed, 4),
+        "bits": round(size / compressed, 4),
         "parameters": total,
         "compressed": compressed,
         "dense": dict(sorted(dense.items())),

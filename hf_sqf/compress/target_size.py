@@ -33,7 +33,7 @@ def bits_for_size(model: nn.Module, targets: Sequence[Target], size: int) -> flo
 
 
 def bytes_of_rest(model: nn.Module, targets: Sequence[Target]) -> int:
-    """Return what the file holds beside the packed weights: the other tensors and the header."""
+    """Return what the file holds beside the compressed weights and their entries in its header."""
     compressed = {held.name.removesuffix(SUFFIX) for target in targets for _, _, held in target.sites}
     seen, dense = set(), {}
     for name, tensor in model.state_dict().items():
@@ -44,7 +44,6 @@ def bytes_of_rest(model: nn.Module, targets: Sequence[Target]) -> int:
     # Offsets of the final length: what is counted here is never less than what is written.
     end = 10 ** len(str(sum(t.numel() * t.element_size() for t in model.state_dict().values())))
     header = {name: [_DTYPES[t.element_size()], list(t.shape)] for name, t in dense.items()}
-    header |= {target.name + SUFFIX: ["U8", [end]] for target in targets}
     entries = {n: {"dtype": d, "shape": s, "data_offsets": [end, end]} for n, (d, s) in header.items()}
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"))
     return 8 + len(text.encode()) + 8 + _SENTINEL + sum(t.numel() * t.element_size() for t in dense.values())

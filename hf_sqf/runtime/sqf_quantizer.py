@@ -84,17 +84,8 @@ class SQFQuantizer(HfQuantizer):
         return model if dtype is None else model.to(dtype=dtype)  # type: ignore[call-arg]  # wrapped
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return what is saved: the state dict, and one tensor that no ordinary load can digest.
-
-        transformers without this quantizer would load the model with random weights and no more than a warning. A
-        ``weight`` of impossible shape turns that into an error.
-        """
-        state = dict(model.state_dict())
-        for name, module in compressed_modules(model):
-            attribute = next(iter(module.held))
-            state[f"{name}.{attribute}" if name else attribute] = torch.zeros(1, dtype=torch.uint8)
-            break
-        return state, {}
+        """Return :func:`saved_state`, and no metadata."""
+        return saved_state(model), {}
 
     def is_serializable(self) -> bool:
         """Compressed models can be saved."""
@@ -127,6 +118,20 @@ def compressed_modules(model: nn.Module) -> Iterator[tuple[str, SQFModule]]:
     for name, module in model.named_modules():
         if isinstance(module, SQFModule):
             yield name, module
+
+
+def saved_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what is saved: the state dict, and of a compressed model one tensor that no ordinary load can digest.
+
+    transformers without this quantizer would load the model with random weights and no more than a warning. A
+    ``weight`` of impossible shape turns that into an error.
+    """
+    state = dict(model.state_dict())
+    for name, module in compressed_modules(model):
+        attribute = next(iter(module.held))
+        state[f"{name}.{attribute}" if name else attribute] = torch.zeros(1, dtype=torch.uint8)
+        break
+    return state
 
 
 def prepare(model: PreTrainedModel, files: list[str], config: SQFConfig, dtype: torch.dtype | None = None) -> None:

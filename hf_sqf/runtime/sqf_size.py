@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from .sqf_codec import ideal_bits
 from .sqf_container import TermHeader, records
 from .sqf_factors import Term
 from .sqf_modules import SUFFIX
+from .sqf_quantizer import saved_state
 
 _DTYPES = {  # as safetensors names them, in the order in which it lays tensors out
     torch.uint64: "U64",
@@ -148,31 +149,51 @@ def header_of(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _report_model(model: nn.Module) -> SizeReport:
-    state = _saved_state(model)
-    order = {dtype: i for i, dtype in enumerate(_DTYPES)}
     rows, entries, offset = [], ['"__metadata__":{"format":"pt"}'], 0
-    for name in sorted(state, key=lambda n: (order[state[n].dtype], n)):
-        tensor = state[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        entry = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+    for name, tensor, entry in _layout(model):
         entries.append(_entry_text(name, entry))
-        compressed = name.endswith(SUFFIX) and tensor.dtype == torch.uint8
-        rows.append(_row(name, tensor, entry, "the model") if compressed else _dense_row(name, entry))
-        offset = end
+        rows.append(_row(name, tensor, entry, "the model") if _is_packed(name, tensor) else _dense_row(name, entry))
+        offset = entry["data_offsets"][1]
     header = len(("{" + ",".join(entries) + "}").encode())
     total = 8 + (header + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT + offset
     return _close(total, rows)
+
+
+def compressed_bytes(model: nn.Module) -> int:
+    """Return what the compressed weights of a model take in its file, their entries in the header included."""
+    return sum(
+        tensor.numel() + entry_bytes(name, entry) for name, tensor, entry in _layout(model) if _is_packed(name, tensor)
+    )
+
+
+def _is_packed(name: str, tensor: Tensor) -> bool:
+    return name.endswith(SUFFIX) and tensor.dtype == torch.uint8
+
+
+def _layout(model: nn.Module) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+    """Yield name, tensor and header entry of all that saving a model writes, in the order of safetensors."""
+    state = _saved_state(model)
+    order = {dtype: i for i, dtype in enumerate(_DTYPES)}
+    offset = 0
+    for name in sorted(state, key=lambda n: (order[state[n].dtype], n)):
+        tensor = state[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        yield name, tensor, {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
 
 
 def _saved_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that ``save_pretrained`` writes: shared ones once, under their names in the checkpoint."""
     if not isinstance(model, PreTrainedModel):
         return dict(model.state_dict())
-    quantizer = getattr(model, "hf_quantizer", None)
-    state = dict(model.state_dict() if quantizer is None else quantizer.get_state_dict_and_metadata(model)[0])
-    for name in model._keys_to_ignore_on_save or ():
-        state.pop(name, None)
-    saved: dict[str, Tensor] = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+    ignored, tied = set(model._keys_to_ignore_on_save or ()), set(model.all_tied_weights_keys)
+    state, seen = {}, set()
+    for name, tensor in sorted(saved_state(model).items(), key=lambda item: (item[0] in tied, item[0])):
+        place = (tensor.data_ptr(), tensor.shape) if tensor.numel() and not tensor.is_meta else name
+        if name not in ignored and place not in seen:
+            state[name] = tensor
+            seen.add(place)
+    saved: dict[str, Tensor] = revert_weight_conversion(model, state)
     return saved
 
 
