@@ -68,7 +68,7 @@ def calibration(
     """
     if isinstance(dataset, Iterable) and not isinstance(dataset, str) and not hasattr(dataset, "column_names"):
         head, dataset = _peek(dataset)
-        if isinstance(head, Mapping):
+        if isinstance(head, Mapping) and "text" not in head:
             return _hold_out([dict(inputs) for inputs in itertools.islice(dataset, samples)])
     tokenizer = _tokenizer(model, tokenizer)
     sources = [] if isinstance(dataset, str) and dataset == SELF else [texts(dataset)]
@@ -119,8 +119,9 @@ def encode(
             ids += tokenizer(text + "\n", add_special_tokens=False)["input_ids"]
             if len(ids) >= _LOOK * samples * context:
                 break
+        context = min(context, max(len(ids) // HELD_OUT, 2))  # short texts make shorter inputs, enough to hold one out
         pieces = [ids[at : at + context] for at in range(0, len(ids), context)]
-        pieces = [p for p in pieces if len(p) == context] or [p for p in pieces if len(p) > 1]
+        pieces = [p for p in pieces if len(p) == context]
         rows = [torch.tensor(piece)[None] for piece in _spread(pieces, samples)]
         decoder = model.config.is_encoder_decoder
         return [{"input_ids": r, "decoder_input_ids": r} if decoder else {"input_ids": r} for r in rows]
