@@ -57,7 +57,8 @@ def solve(
         return solve_auto(problem)
     if structure in SOLVERS:
         return SOLVERS[structure](problem)
-    return solve_sum(problem, *structure.split("+"))
+    first, _, second = structure.partition("+")
+    return solve_sum(problem, first, second)
 
 
 def check(weight: Tensor, name: str) -> None:
