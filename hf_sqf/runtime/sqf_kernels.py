@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from .sqf_jit import HAVE_NUMBA, jit
+from .sqf_tiles import byte_tile, float_tile
 from .sqf_vectors import (
     BYTE_PRODUCTS,
     INT4,
@@ -35,9 +36,8 @@ from .sqf_vectors import (
     NONE,
     TILE,
     address_as,
-    byte_dots,
+    fetch,
     fetch_add,
-    float_dots,
     parallel,
 )
 
@@ -46,8 +46,8 @@ try:
 except ImportError:  # nothing here is called then
     carray = cfunc = types = None  # type: ignore[assignment]
 
-REVISION = 2
-"""Of the vectors; see :mod:`sqf_vectors`."""
+REVISION = 3
+"""Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""
 LARGEST_INT4 = 7
@@ -57,9 +57,8 @@ SLACK = 64
 
 CODES, KIND, M, N, STEPS, ROWS, STARTS, COLUMNS, VALUES, GOMP, WORKER = range(11)
 """Fields of a matrix's descriptor, int64 each: addresses (0: there is none) of the dense part, float32 steps (n) and
-rows (m), and the sparse remainder's int32 starts (m + 1), uint16 columns and int16 values; and of what forks and
-works, see
-:class:`Kernels`. KIND is a storage."""
+rows (m), of the sparse remainder's int32 starts (m + 1), uint16 columns and int16 values, and of what forks and works
+(see :class:`Kernels`). KIND is a storage."""
 
 # Fields of a call, int64 each. X: the scaled inputs, float32; INPUTS: what the inner products take.
 (_MATRIX, _TASK, _X, _X_STRIDE, _INPUTS, _INPUT_STRIDE, _PLANE, _COUNT, _SCALES, _Y, _BIAS, _BATCH, _DTYPE, _IDS,
@@ -71,6 +70,7 @@ _LARGEST = 8290000.0
 """Of a fixed-point entry: its three signed digits to the base 256 stay within [-128, 127]."""
 _LONGEST = 65536
 """Columns whose sums of products of bytes stay below 2^31."""
+_FIRST_BYTES = 4096
 _THREAD_CODES = 1 << 16
 """Products that are worth a thread: waking one costs some microseconds."""
 _CHUNK_CODES = 1 << 15
@@ -83,58 +83,9 @@ _int8 = address_as("int8")
 _uint16 = address_as("uint16")
 _float32 = address_as("float32")
 _float64 = address_as("float64")
+_fetch = fetch()
 _fetch_add = fetch_add()
 _parallel = parallel()
-
-_float4, _float8, _float16 = (float_dots(kind, 1, 1) for kind in (INT4, INT8, INT16))
-_float4_1, _float8_1, _float16_1 = (float_dots(kind, TILE, 1) for kind in (INT4, INT8, INT16))
-_float4_4, _float8_4, _float16_4 = (float_dots(kind, TILE, 4) for kind in (INT4, INT8, INT16))
-_byte4, _byte8 = (byte_dots(kind, 1, 1) for kind in (INT4, INT8))
-_byte4_1, _byte8_1 = (byte_dots(kind, TILE, 1) for kind in (INT4, INT8))
-_byte8_2 = byte_dots(INT8, TILE, 2)  # two rows of 4-bit codes' six planes would not fit the registers
-
-
-@jit
-def _float_tile(
-    kind: int, rows: int, batch: int, z: int, z_stride: int, x: int, x_stride: int, plane: int, count: int, out: int
-) -> None:
-    if kind == INT4:
-        if rows == 1:
-            _float4(z, z_stride, x, x_stride, plane, count, out)
-        elif batch == 4:
-            _float4_4(z, z_stride, x, x_stride, plane, count, out)
-        else:
-            _float4_1(z, z_stride, x, x_stride, plane, count, out)
-    elif kind == INT8:
-        if rows == 1:
-            _float8(z, z_stride, x, x_stride, plane, count, out)
-        elif batch == 4:
-            _float8_4(z, z_stride, x, x_stride, plane, count, out)
-        else:
-            _float8_1(z, z_stride, x, x_stride, plane, count, out)
-    elif rows == 1:
-        _float16(z, z_stride, x, x_stride, plane, count, out)
-    elif batch == 4:
-        _float16_4(z, z_stride, x, x_stride, plane, count, out)
-    else:
-        _float16_1(z, z_stride, x, x_stride, plane, count, out)
-
-
-@jit
-def _byte_tile(
-    kind: int, rows: int, batch: int, z: int, z_stride: int, x: int, x_stride: int, plane: int, count: int, out: int
-) -> None:
-    if kind == INT4:
-        if rows == 1:
-            _byte4(z, z_stride, x, x_stride, plane, count, out)
-        else:
-            _byte4_1(z, z_stride, x, x_stride, plane, count, out)
-    elif rows == 1:
-        _byte8(z, z_stride, x, x_stride, plane, count, out)
-    elif batch == 2:
-        _byte8_2(z, z_stride, x, x_stride, plane, count, out)
-    else:
-        _byte8_1(z, z_stride, x, x_stride, plane, count, out)
 
 
 @jit
@@ -180,7 +131,7 @@ def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (
             for b in range(0, wide, now):
                 inputs = call[_INPUTS] + (group + b) * x_stride
                 if exact:
-                    _byte_tile(
+                    byte_tile(
                         kind, tall, now, z, z_stride, inputs, x_stride, call[_PLANE], call[_COUNT], digits.ctypes.data
                     )
                     for c in range(now):
@@ -190,7 +141,7 @@ def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (
                             total = np.int64(digits[d + 2]) * 65536 + np.int64(digits[d + 1]) * 256 + digits[d]
                             lines[b + c, i - first + r] = total * unit - offset
                 else:
-                    _float_tile(
+                    float_tile(
                         kind, tall, now, z, z_stride, inputs, x_stride, call[_PLANE], call[_COUNT], sums.ctypes.data
                     )
                     for c in range(now):
@@ -337,6 +288,10 @@ def _multiply(  # noqa: C901 (what each kind of product needs)
     kind, m, n = matrix[KIND], matrix[M], matrix[N]
     steps = carray(_float32(matrix[STEPS]), n)
     width = (n + 1) // 2 if kind == INT4 else n
+    for line in range(0, _FIRST_BYTES, 64):  # on their way while x is scaled
+        _fetch(matrix[CODES] + line)
+        if line < 4 * m:
+            _fetch(matrix[ROWS] + line)
     scaled = np.zeros((batch, (n + LANES - 1) // LANES * LANES), np.float32)
     if dtype == FLOAT32:
         singles = carray(_float32(x), (batch, n))

@@ -31,6 +31,9 @@ LANES = 16 if FEATURES.get("avx512f") else 8
 """Floats in a vector."""
 TILE = 4 if FEATURES.get("avx512f") else 2
 """Rows of codes that are multiplied together."""
+AHEAD = 8
+"""Rows of codes between those that are multiplied and those that are fetched: short rows run into the next ones too
+soon for the processor to see them coming."""
 BYTE_PRODUCTS = bool(FEATURES.get("avx512vnni") and FEATURES.get("avx512bw"))
 """Whether the processor has :func:`byte_dots`."""
 
@@ -50,6 +53,22 @@ def address_as(name: str) -> Any:  # noqa: ANN401
         return result(types.int64), generate
 
     return pointer
+
+
+def fetch() -> Any:  # noqa: ANN401
+    """Return a request for the memory at an address before it is needed."""
+    if not HAVE_NUMBA:
+        return None
+
+    @intrinsic
+    def ahead(typingctx: Any, address: Any) -> Any:  # noqa: ANN401
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+            _fetch_ahead(builder, args[0])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return ahead
 
 
 def fetch_add() -> Any:  # noqa: ANN401
@@ -107,6 +126,15 @@ def _load(builder: Any, kind: Any, address: Any) -> Any:  # noqa: ANN401
     value = builder.load(builder.inttoptr(address, kind.as_pointer()))
     value.align = 1
     return value
+
+
+def _fetch_ahead(builder: Any, address: Any) -> None:  # noqa: ANN401
+    """Ask for a line of memory before it is needed. What lies there need not be ours."""
+    line, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    prefetch = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [line, flag, flag, flag]), "llvm.prefetch.p0"
+    )
+    builder.call(prefetch, [builder.inttoptr(address, line), flag(0), flag(3), flag(1)])
 
 
 def _store_sums(builder: Any, add: Any, vectors: list[Any], lanes: int, out: Any) -> None:  # noqa: ANN401
@@ -202,6 +230,9 @@ def byte_dots(kind: int, rows: int, batch: int) -> Any:  # noqa: ANN401
         x_rows = [builder.add(x, builder.mul(x_stride, word(b))) for b in range(batch)]
         with cgutils.for_range(builder, count) as loop:
             at = builder.mul(loop.index, word(64))
+            ahead = builder.add(at, builder.mul(z_stride, word(AHEAD)))
+            for row in z_rows:
+                _fetch_ahead(builder, builder.add(row, ahead))
             for half in range(2 if kind == INT4 else 1):
                 for r in range(rows):
                     code = _load(builder, octets, builder.add(z_rows[r], at))

@@ -1,0 +1,62 @@
+"""Inner products of some rows of codes with some rows of inputs: which one fits.
+
+A product's registers hold one sum for each pair of a row of codes and a row of inputs, so that each load serves
+several products; what is left over is taken one by one.
+"""
+
+from __future__ import annotations
+
+from .sqf_jit import jit
+from .sqf_vectors import INT4, INT8, INT16, TILE, byte_dots, float_dots
+
+_float4, _float8, _float16 = (float_dots(kind, 1, 1) for kind in (INT4, INT8, INT16))
+_float4_1, _float8_1, _float16_1 = (float_dots(kind, TILE, 1) for kind in (INT4, INT8, INT16))
+_float4_4, _float8_4, _float16_4 = (float_dots(kind, TILE, 4) for kind in (INT4, INT8, INT16))
+_byte4, _byte8 = (byte_dots(kind, 1, 1) for kind in (INT4, INT8))
+_byte4_1, _byte8_1 = (byte_dots(kind, TILE, 1) for kind in (INT4, INT8))
+_byte8_2 = byte_dots(INT8, TILE, 2)  # two rows of 4-bit codes' six planes would not fit the registers
+
+
+@jit
+def float_tile(
+    kind: int, rows: int, batch: int, z: int, z_stride: int, x: int, x_stride: int, plane: int, count: int, out: int
+) -> None:
+    """Fill out, float32 (rows, batch), from a kind of codes; see :func:`~.sqf_vectors.float_dots`."""
+    if kind == INT4:
+        if rows == 1:
+            _float4(z, z_stride, x, x_stride, plane, count, out)
+        elif batch == 4:
+            _float4_4(z, z_stride, x, x_stride, plane, count, out)
+        else:
+            _float4_1(z, z_stride, x, x_stride, plane, count, out)
+    elif kind == INT8:
+        if rows == 1:
+            _float8(z, z_stride, x, x_stride, plane, count, out)
+        elif batch == 4:
+            _float8_4(z, z_stride, x, x_stride, plane, count, out)
+        else:
+            _float8_1(z, z_stride, x, x_stride, plane, count, out)
+    elif rows == 1:
+        _float16(z, z_stride, x, x_stride, plane, count, out)
+    elif batch == 4:
+        _float16_4(z, z_stride, x, x_stride, plane, count, out)
+    else:
+        _float16_1(z, z_stride, x, x_stride, plane, count, out)
+
+
+@jit
+def byte_tile(
+    kind: int, rows: int, batch: int, z: int, z_stride: int, x: int, x_stride: int, plane: int, count: int, out: int
+) -> None:
+    """Fill out, int32 (rows, batch, 3), from a kind of codes; see :func:`~.sqf_vectors.byte_dots`."""
+    if kind == INT4:
+        if rows == 1:
+            _byte4(z, z_stride, x, x_stride, plane, count, out)
+        else:
+            _byte4_1(z, z_stride, x, x_stride, plane, count, out)
+    elif rows == 1:
+        _byte8(z, z_stride, x, x_stride, plane, count, out)
+    elif batch == 2:
+        _byte8_2(z, z_stride, x, x_stride, plane, count, out)
+    else:
+        _byte8_1(z, z_stride, x, x_stride, plane, count, out)
