@@ -232,6 +232,14 @@ def test_offloaded_weights_stay_packed(saved: Callable[[str], Path], tmp_path: P
         assert close(outputs_of(model), whole)
 
 
+def test_loaded_in_inference_mode(saved: Callable[[str], Path]):
+    expected = outputs_of(load("llama_tied", saved))
+    with torch.inference_mode():
+        model = load("llama_tied", saved)
+        assert torch.equal(outputs_of(model), expected)
+        assert torch.equal(outputs_of(model), expected)
+
+
 def test_inputs_that_are_not_contiguous_or_empty(saved: Callable[[str], Path]):
     layer = load("llama", saved).model.layers[0].mlp.up_proj
     weight = layer.dense()

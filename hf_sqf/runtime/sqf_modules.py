@@ -107,8 +107,10 @@ class SQFModule(nn.Module):
         """
         data = self._bytes(name)
         known = self._running.get(name)
-        if known is not None and known[0] is data and known[1] == data.data_ptr() and known[2] in (None, data._version):
-            return known[3]
+        if known is not None:
+            parameter, address, version, found = known
+            if parameter is data and address == data.data_ptr() and (version is None or version == data._version):
+                return found
         found = matrices_in(data, self.runtime, self.compute_dtype, self.held[name].name)
         version = None if data.is_inference() else data._version
         self._running[name] = data, data.data_ptr(), version, self._checked(name, found)
