@@ -59,7 +59,7 @@ class Blocks:
         self.rows = self.weight.shape[0] * self.count
         self.scales = grid_scales(Metric(g=metric.g), problem.step)
         self.seen = metric.of_blocks(self.width, self.count)
-        self.H = self.seen.H
+        self.H = None if self.seen.H is None else self.seen.H.double()
         self._unit = (self.scales.step_values().double() * self.scales.row_values().double())[:, None]
 
     def part(self, rows: slice) -> Tensor:
