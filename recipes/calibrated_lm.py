@@ -141,6 +141,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dev", type=Path, required=True, help="text of the same kind to measure on")
     parser.add_argument("--bits", type=float, nargs="+", default=[2.05, 2.5, 2.65, 3.0])
     parser.add_argument("--target-size", default="55MB", help="of the whole model, embeddings included")
+    parser.add_argument("--structure", default="auto", help="grid alone takes a third of the time")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=8192, help="to measure on, of each text")
@@ -206,12 +207,12 @@ def main() -> None:
     asked = [{"bits": bits, "include_embeddings": False} for bits in args.bits] + [{"target_size": args.target_size}]
     for options in asked:
         started, model = time.monotonic(), load()
-        compress(model, SQFConfig(statistics=statistics, **options))
+        compress(model, SQFConfig(statistics=statistics, structure=args.structure, **options))
         seconds = time.monotonic() - started
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        method = "hf_sqf" if "bits" in options else "hf_sqf, embeddings included"
+        method = f"hf_sqf, {args.structure}" + ("" if "bits" in options else ", with embeddings")
         note(method, model.config.quantization_config.coverage["bits"], size, model, seconds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     lines.append(f"peak resident memory of this run, kept log-probabilities included: {peak:.0f} MB")
