@@ -30,7 +30,7 @@ from hf_sqf.runtime.sqf_modules import SUFFIX, SQFModule
 from tests.conftest import ARCHITECTURES, GENERATING, build, inputs_for, outputs_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-STRUCTURES = ["grid"]
+STRUCTURES = ["auto", "grid", "svd", "sparse_pca", "vq", "pgd", "svd+grid"]
 OPTIONS = {"bits": 5.0, "structure": "grid"}
 AS_DENSE = {"quantization_config": SQFConfig(runtime="dense")}
 """Runs with the very operations of an ordinary model."""
@@ -90,7 +90,9 @@ def test_sharded_reload_is_bit_exact(name: str, made: Callable[..., Made], tmp_p
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "resnet", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama_tied", "gpt2", "mixtral"))]
+)
 def test_reload_of_every_structure_is_bit_exact(name: str, structure: str, made: Callable[..., Made]):
     model = made(name, structure=structure)
     assert torch.equal(outputs_of(model.load()), model.outputs)
