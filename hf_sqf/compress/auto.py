@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from .metric import Metric
 from .prediction import atoms_before_grid
 from .rate import atom_bits
 from .solution import Problem, Solution, slope
@@ -67,9 +66,7 @@ def vq_may_pay(problem: Problem) -> bool:
     The widest blocks are taken whose codebook is still small for so few rows, lest it learn them by heart.
     """
     rows = slice(None, None, math.ceil(problem.weight.numel() / VQ_SAMPLE))
-    g = problem.metric.g
-    metric = Metric(problem.metric.H, g if g is None or g.numel() == 1 else g[rows])
-    few = replace(problem, weight=problem.weight[rows], metric=metric)
+    few = replace(problem, weight=problem.weight[rows], metric=problem.metric.of_rows(rows))
     found = solve_two_factor(Blocks(few, vq_widths(few)[-1]), "vq")
     shared = (1.0 - few.weight.numel() / problem.weight.numel()) * atom_bits(found.factors.terms[0])
     return found.cost(few.step) - slope(few.step) * shared < sparse_grid(few).cost(few.step)

@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..runtime.sqf_codec import chunk_rows, contexts_of
-from ..runtime.sqf_factors import Factors
 from ..runtime.sqf_models import LARGEST, PROBABILITY_BITS
 from ..runtime.sqf_rans import Contexts
-from .grid import distance, grid_scales, narrow
+from .grid import grid_scales, narrow, rounded
 from .metric import Metric
-from .rate import term_bits
 from .rounding import cancel_and_round, interference
 from .solution import Solution
 from .trellis import trellis, viterbi
@@ -132,7 +130,4 @@ def solve_dependent(weight: Tensor, metric: Metric, step: float, states: int) ->
     scales = grid_scales(metric, FINE_STEP * step)
     lower = None if metric.H is None else metric.cholesky()
     codes = round_along_trellis(weight, scales.step_values(), scales.row_values(), lower, states)
-    term = replace(scales.term(codes), trellis=states)
-    factors = Factors((weight.shape[0], weight.shape[1]), "grid", (term,))
-    distortion = distance(weight, term, metric)
-    return Solution(factors, distortion, term_bits(term), trace=(distortion,), start="identity")
+    return rounded(weight, metric, "grid", replace(scales.term(codes), trellis=states))

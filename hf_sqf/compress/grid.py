@@ -95,9 +95,7 @@ def solve_grid(weight: Tensor, metric: Metric, step: float, sparse: bool = False
         scales, prices = grid_scales(metric, finer * step), (prices / finer**2).clamp_max(1.0)
     codes = _round(weight, metric, scales, prices)
     term = scales.term(codes)
-    factors = Factors((weight.shape[0], weight.shape[1]), "pgd" if sparse else "grid", (term,))
-    distortion = distance(weight, term, metric)
-    return Solution(factors, distortion, term_bits(term), trace=(distortion,), start="identity")
+    return rounded(weight, metric, "pgd" if sparse else "grid", term)
 
 
 def _row_blocks(weight: Tensor) -> Iterator[slice]:
@@ -132,10 +130,10 @@ def _round(weight: Tensor, metric: Metric, scales: Scales, prices: Tensor | None
     return torch.cat(parts)
 
 
-def distance(weight: Tensor, term: Term, metric: Metric) -> float:
-    """Return ``metric.distance(weight, term.dense())``, some rows at a time."""
-    total = 0.0
+def rounded(weight: Tensor, metric: Metric, structure: str, term: Term) -> Solution:
+    """Return the solution that consists of one term of rounded codes; its distance is summed some rows at a time."""
+    distortion = 0.0
     for some in _row_blocks(weight):
-        part = Metric(metric.H, None if metric.g is None else _of_rows(metric.g, some))
-        total += part.distance(weight[some], term.dense(some))
-    return total
+        distortion += metric.of_rows(some).distance(weight[some], term.dense(some))
+    factors = Factors((weight.shape[0], weight.shape[1]), structure, (term,))
+    return Solution(factors, distortion, term_bits(term), trace=(distortion,), start="identity")

@@ -39,14 +39,14 @@ class Metric:
     g: Tensor | None = None
 
     @classmethod
-    def relative(cls, weight: Tensor) -> Metric:
-        """Return the metric of a weight without data: squared error relative to its own energy per parameter.
+    def relative(cls, *weights: Tensor) -> Metric:
+        """Return the metric without data: squared error relative to a weight's own energy per parameter.
 
-        Since ``g = 1 / rms(W)``, distances and noise steps of different weights compare, and one step can
-        govern a whole model. A weight of zeros has g = 1.
+        ``weights`` are its matrices, which share the metric. Since ``g = 1 / rms(W)``, distances and noise steps of
+        different weights compare, and one step can govern a whole model. A weight of zeros has g = 1.
         """
-        energy = Metric().distance(weight, None)
-        rms = math.sqrt(energy / max(weight.numel(), 1))
+        energy = sum(Metric().distance(weight, None) for weight in weights)
+        rms = math.sqrt(energy / max(sum(weight.numel() for weight in weights), 1))
         return cls(g=torch.tensor([1.0 / rms if rms > 0.0 else 1.0], dtype=torch.float64))
 
     @property
@@ -57,6 +57,10 @@ class Metric:
     def row_weights(self) -> Tensor:
         """Return g in float64, (m,) or (1,)."""
         return torch.ones(1, dtype=torch.float64) if self.g is None else self.g.double().reshape(-1)
+
+    def of_rows(self, select: slice) -> Metric:
+        """Return the metric of some of a weight's rows alone."""
+        return Metric(self.H, self.g if self.g is None or self.g.numel() == 1 else self.g[select])
 
     def distance(self, weight: Tensor, approx: Tensor | None) -> float:
         """Return ``d(weight, approx)``, summed in float64; ``approx=None`` stands for zero. Both (m, n)."""

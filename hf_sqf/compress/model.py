@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,9 +44,7 @@ class RelativeMetrics:
     def __call__(self, name: str, matrices: list[Tensor]) -> list[Metric]:
         """Return the metric of each matrix (m, n) of the weight ``name``."""
         if name not in self._known:
-            energy = sum(Metric().distance(matrix, None) for matrix in matrices)
-            rms = math.sqrt(energy / sum(matrix.numel() for matrix in matrices))
-            self._known[name] = Metric(g=torch.tensor([1.0 / (rms or 1.0)], dtype=torch.float64))
+            self._known[name] = Metric.relative(*matrices)
         return [self._known[name]] * len(matrices)
 
 
@@ -237,14 +234,10 @@ class _Job:
         """Return the bytes that a weight costs when all its codes are zero, from a few of its rows."""
         coarse = 2.0 ** (OCTAVES[1] + 16)
         factors = [
-            solve(w[:8], _head(m, 8), coarse, "grid", name=target.name).factors
+            solve(w[:8], m.of_rows(slice(8)), coarse, "grid", name=target.name).factors
             for w, m in zip(matrices, metrics, strict=True)
         ]
         return pack(factors).numel()
-
-
-def _head(metric: Metric, rows: int) -> Metric:
-    return Metric(metric.H, metric.g if metric.g is None or metric.g.numel() == 1 else metric.g[:rows])
 
 
 def _groups(targets: list[Target]) -> dict[str | None, list[Target]]:

@@ -59,10 +59,7 @@ def _contexts(plan: Plan, row_prior: np.ndarray, col_prior: np.ndarray, trellis:
         for model, grid in zip(plan.models, _grids(trellis), strict=True)
     ])  # fmt: skip
     rows, cols = (rows - lowest).astype(np.int32), cols.astype(np.int32)
-    if not trellis:
-        return Contexts(rows, cols, table)
-    states_machine = machine(trellis)
-    return Contexts(rows, cols, table, states_machine, tuple(states_machine.grid.tolist()))
+    return Contexts(rows, cols, table, machine(trellis) if trellis else None)
 
 
 # ---------------------------------------------------------------------------------------------- encoding

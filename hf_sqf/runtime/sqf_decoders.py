@@ -147,7 +147,7 @@ class _Compiled:
         self.table = slots(contexts.table.reshape(-1, SYMBOLS)).reshape(-1)
         self.parity = parity
         if contexts.machine is not None:
-            group = np.array(contexts.group_of_state, np.uint32)
+            group = contexts.machine.grid.astype(np.uint32)
             state = (
                 np.arange(len(group), dtype=np.uint32) << 1 | group << 9 | (group * np.uint32(contexts.classes)) << 10
             )
@@ -178,7 +178,7 @@ class _Vectors:
         self.offset = (table >> 20).astype(np.int64)
         self.slot = contexts.class_index() << PROBABILITY_BITS  # becomes the slot of every symbol
         if contexts.machine is not None:
-            self.base = np.array(contexts.group_of_state, np.int64) * (contexts.classes * TOTAL)
+            self.base = contexts.machine.grid.astype(np.int64) * (contexts.classes * TOTAL)
             self.step = contexts.machine.next_state.reshape(-1).astype(np.uint8)
             # The state of every symbol; that of the next in its column lies n further on.
             self.column = np.zeros(contexts.count + len(contexts.cols), np.uint8)
@@ -221,7 +221,7 @@ class _Vectors:
     def groups(self) -> np.ndarray | None:
         if self.contexts.machine is None:
             return None
-        return np.array(self.contexts.group_of_state, np.uint8)[self.column[: self.contexts.count]]
+        return self.contexts.machine.grid.astype(np.uint8)[self.column[: self.contexts.count]]
 
 
 class _Torch:
@@ -234,7 +234,7 @@ class _Torch:
         self.entries = torch.empty_like(self.index)
         self.parity = None if parity is None else self._move(parity)
         if contexts.machine is not None:
-            self.base = self._move(np.array(contexts.group_of_state, np.int64) * (contexts.classes * TOTAL))
+            self.base = self._move(contexts.machine.grid.astype(np.int64) * (contexts.classes * TOTAL))
             self.step = self._move(contexts.machine.next_state.reshape(-1))
             self.column = self._move(np.zeros(contexts.count + len(contexts.cols)))
 
@@ -273,7 +273,7 @@ class _Torch:
         if self.contexts.machine is None:
             return None
         visited: np.ndarray = self.column[: self.contexts.count].cpu().numpy()
-        return np.array(self.contexts.group_of_state, np.uint8)[visited]
+        return self.contexts.machine.grid.astype(np.uint8)[visited]
 
 
 class _Reference:
@@ -284,7 +284,7 @@ class _Reference:
         self.table = slots(contexts.table.reshape(-1, SYMBOLS)).reshape(-1).tolist()
         self.parity = None if parity is None else parity.tolist()
         machine = contexts.machine
-        self.group = (0,) if machine is None else contexts.group_of_state
+        self.group = [0] if machine is None else machine.grid.tolist()
         self.step = [[0, 0]] if machine is None else machine.next_state.tolist()
         self.column = [0] * len(self.cols)
         self.out, self.visited = bytearray(contexts.count), bytearray(contexts.count)

@@ -39,16 +39,14 @@ class Contexts:
     Attributes:
         rows: int32 (m,), the rows' part of the class.
         cols: int32 (n,), the columns' part.
-        table: int32 (groups, classes, 256), frequencies out of 4096.
+        table: int32 (groups, classes, 256), frequencies out of 4096; one group, or one for each grid of the machine.
         machine: the state machine of the columns, if any.
-        group_of_state: (S,) group of each state of the machine; empty without one.
     """
 
     rows: np.ndarray
     cols: np.ndarray
     table: np.ndarray
     machine: Machine | None = None
-    group_of_state: tuple[int, ...] = ()
 
     @property
     def classes(self) -> int:
@@ -66,7 +64,7 @@ class Contexts:
 
     def select(self, first: int, last: int) -> Contexts:
         """Return the contexts of the rows ``first..last``."""
-        return Contexts(self.rows[first:last], self.cols, self.table, self.machine, self.group_of_state)
+        return Contexts(self.rows[first:last], self.cols, self.table, self.machine)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def sample(m, n, states=0, seed=0, planes=False):
     else:
         made = machine(states)
         table = np.stack([frequencies(5, 4, Q0), frequencies(6, 3, Q1)])
-        contexts = Contexts(rows, cols, table, made, tuple(made.grid.tolist()))
+        contexts = Contexts(rows, cols, table, made)
     index = contexts.class_index()
     expanded = [slots(table) for table in contexts.table]
     symbols, column = np.empty(m * n, np.int8), np.zeros(n, np.int64)
