@@ -210,7 +210,12 @@ def byte_dots(kind: int, rows: int, batch: int) -> Any:  # noqa: ANN401
 
     The integers come as three planes of signed digits to the base 256, least first, and for 4-bit codes as three more
     for the columns of the high halves; ``plane`` is the planes' distance. Results: int32 (rows, batch, digits), exact.
+
+    Callers choose when they run, so it is compiled everywhere; without :data:`BYTE_PRODUCTS` it is empty, since LLVM
+    aborts the process over an instruction that the processor does not have.
     """
+    if not BYTE_PRODUCTS:
+        return _dots(lambda builder, *args: None)
 
     def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
         word = ir.IntType(64)
