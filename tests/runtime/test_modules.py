@@ -108,9 +108,10 @@ def test_forward_is_that_of_the_decoded_module(kind, dtype: torch.dtype):
     decompress_module(dense, {})
     assert type(dense) is type(make()) and not isinstance(dense, SQFModule)
     assert out.dtype == dtype
-    torch.testing.assert_close(
-        out, dense(cast(x, dtype)), rtol=2 * torch.finfo(dtype).eps, atol=32 * torch.finfo(dtype).eps
-    )
+    expected = dense(cast(x, dtype))
+    # Sums are taken in another order, and err relative to their largest terms.
+    atol = 32 * torch.finfo(dtype).eps * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(out, expected, rtol=0.0, atol=atol)
 
 
 def test_weight_is_close_to_the_original(kind):
