@@ -19,6 +19,9 @@ BACKENDS = ("auto", "numba", "numpy", "torch", "reference")
 """The implementations; "auto" is numba where it is installed, and else numpy."""
 _FEW_LANES = 16  # below this a step of vectors costs more than a scalar loop
 _SLOT = TOTAL - 1
+# What steps of vectors calculate with: numpy converts a Python number anew for each call, which costs as much as the
+# calculation.
+_SLOT_0D, _BITS_0D, _LOWEST_0D, _WORD_0D = (np.array(value) for value in (_SLOT, PROBABILITY_BITS, LOWEST, 16))
 
 
 class _Decoder(Protocol):
@@ -193,21 +196,21 @@ class _Vectors:
             if end - t < lanes:
                 states[end - t :] = x[end - t :]
                 x, part, low = x[: end - t], part[: end - t], low[: end - t]
-            np.bitwise_and(x, _SLOT, out=part)
+            np.bitwise_and(x, _SLOT_0D, out=part)
             np.add(slot, part, out=slot)
             if machine is not None:
                 np.add(slot, self.base[self.column[t:end]], out=slot)
-            np.right_shift(x, PROBABILITY_BITS, out=x)
+            np.right_shift(x, _BITS_0D, out=x)
             self.frequency.take(slot, out=part, mode="clip")
             np.multiply(x, part, out=x)
             self.offset.take(slot, out=part, mode="clip")
             np.add(x, part, out=x)
-            reading = np.less(x, LOWEST, out=low).nonzero()[0]
+            reading = np.less(x, _LOWEST_0D, out=low).nonzero()[0]
             if len(reading):
                 read = source[at : at + len(reading)]
                 if len(read) < len(reading):
                     return -1
-                x[reading] = x[reading] << 16 | read
+                x[reading] = x[reading] << _WORD_0D | read
                 at += len(reading)
             if machine is not None:
                 odd = self.symbol[slot] & 1 if self.parity is None else self.parity[t:end]
