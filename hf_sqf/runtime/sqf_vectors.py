@@ -18,12 +18,16 @@ from .sqf_jit import HAVE_NUMBA
 try:
     from llvmlite import binding, ir
     from numba import types
-    from numba.core import cgutils
+    from numba.core import cgutils, config
     from numba.extending import intrinsic
 except ImportError:  # the factories below then return None, and nothing is called
     FEATURES: dict[str, bool] = {}
 else:
-    FEATURES = dict(binding.get_host_cpu_features())
+    given = getattr(config, "CPU_FEATURES", None)  # NUMBA_CPU_FEATURES, "+avx2,-avx512f": what numba compiles for
+    if given is None:
+        FEATURES = dict(binding.get_host_cpu_features())
+    else:
+        FEATURES = {feature[1:]: feature[0] == "+" for feature in given.split(",") if feature}
 
 NONE, INT4, INT8, INT16 = 0, 4, 8, 16
 """Storage of a matrix's dense part."""
