@@ -36,18 +36,18 @@ VQ_SAMPLE = 1 << 13
 
 def solve_auto(problem: Problem) -> Solution:
     """Solve with the structure that costs least."""
-    best = problem.least([grid(problem), sparse_grid(problem)])
-    tried = [best]
+    rounded = best = problem.least([grid(problem), sparse_grid(problem)])
     small = problem.weight.numel() <= SMALL
     cuts = blocks_to_ask(problem)
-    for blocks in blocks_that_may_pay(cuts, best):
-        tried += [solve_two_factor(blocks, structure) for structure in (ALIKE if small else ALIKE[:1])]
+    for blocks in blocks_that_may_pay(cuts, rounded):
+        for structure in ALIKE if small else ALIKE[:1]:
+            best = problem.least([best, solve_two_factor(blocks, structure)])
     whole = next((b for b in cuts if b.count == 1), None) or Blocks(problem)
-    if sum_may_pay(whole, best, problem.least(tried)):
-        tried.append(solve_sum(problem, "svd", "grid", whole))
+    if sum_may_pay(whole, rounded, best):
+        best = problem.least([best, solve_sum(problem, "svd", "grid", whole)])
     if vq_may_pay(problem):
-        tried.append(vq(problem))
-    return problem.least(tried)
+        best = problem.least([best, vq(problem)])
+    return best
 
 
 def sum_may_pay(whole: Blocks, rounded: Solution, best: Solution) -> bool:

@@ -80,11 +80,11 @@ def solve_sum(problem: Problem, first: str, second: str, blocks: Blocks | None =
     plus sparse. ``blocks`` is the problem cut into blocks, where that was done before.
     """
     head = low_rank(blocks or Blocks(problem, problem.width)) if first == "svd" else SOLVERS[first](problem)
-    rest = replace(problem, weight=problem.weight.float() - head.factors.dense())
+    rest = replace(problem, weight=head.factors.dense().neg_().add_(problem.weight))
     tail = sparse_grid(rest) if second == "grid" and not problem.trellis else SOLVERS[second](rest)
     used = tuple(t for t in (*head.factors.terms, *tail.factors.terms) if t.one_hot or t.nonzeros)
     factors = Factors(tail.factors.shape, f"{first}+{second}", used or tail.factors.terms)
-    distortion = problem.metric.distance(problem.weight, factors.dense())
+    distortion = problem.distance(factors)
     iterations = head.iterations + tail.iterations
     trace = (head.distortion, distortion)
     return Solution(factors, distortion, factors_bits(factors), tail.status, trace, iterations, head.start)

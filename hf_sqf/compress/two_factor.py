@@ -192,7 +192,7 @@ def solve_two_factor(blocks: Blocks, structure: str, count: CountAtoms = atoms_t
     factors = Factors(shape, structure, (_term(codes, atoms, steps, blocks),))
     return Solution(
         factors,
-        blocks.problem.metric.distance(blocks.weight, factors.dense()),
+        blocks.problem.distance(factors),
         factors_bits(factors),
         found.status,
         found.trace,
@@ -222,11 +222,17 @@ def _atom_steps(codes: Tensor, count: int, scale: float) -> Tensor:
     return nearest_log_scale(power.clamp_min(1e-4).rsqrt(), 1)
 
 
+def _powers(codes: Tensor) -> Tensor:
+    """Return the squared norms of integer codes' columns, float64 (K,): exact, some rows at a time."""
+    parts = codes.split(max(1, _CHUNK // codes.shape[1]))
+    return torch.stack([part.double().square().sum(0) for part in parts]).sum(0)
+
+
 def _term(codes: Tensor, atoms: Tensor, steps: Tensor, blocks: Blocks) -> Term:
     """Return the term with the atoms that are used, the most used (or most powerful) first."""
     integers = torch.round(atoms / log_scale(steps, 1).double()[:, None])
     one_hot = codes.dim() == 1
-    usage = torch.bincount(codes, minlength=len(atoms)) if one_hot else codes.double().square().sum(0)
+    usage = torch.bincount(codes, minlength=len(atoms)) if one_hot else _powers(codes)
     order = usage.argsort(descending=True, stable=True)
     order = order[(usage[order] > 0) & (one_hot | integers[order].any(1))]
     if len(order) == 0:

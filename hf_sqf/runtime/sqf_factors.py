@@ -131,8 +131,12 @@ class Term:
         rows = (rows if rows.numel() == 1 else rows[select])[:, None]
         if self.atoms is None:
             return codes.float() * self.step_values() * rows
-        product = self.dictionary()[codes.long()] if self.one_hot else codes.double() @ self.dictionary()
-        return product.float() * self.scale_value() * rows
+        dictionary, size = self.dictionary(), max(1, _CHUNK // max(self.atom_count, self.width))
+        product = torch.empty(len(codes), self.width, device=codes.device)
+        for at in range(0, len(codes), size):  # sums of integers, exact in float64 however they are cut
+            part = codes[at : at + size]
+            product[at : at + size] = dictionary[part.long()] if self.one_hot else part.double() @ dictionary
+        return product.mul_(self.scale_value()).mul_(rows)
 
     def to(self, device: torch.device | str) -> Term:
         """Return the term with its tensors on ``device``."""
@@ -189,3 +193,6 @@ class Factors:
     def to(self, device: torch.device | str) -> Factors:
         """Return the factors with their tensors on ``device``."""
         return Factors(self.shape, self.structure, tuple(t.to(device) for t in self.terms))
+
+
+_CHUNK = 1 << 20  # entries of a product that are in float64 at a time

@@ -116,7 +116,9 @@ def splits(values: np.ndarray, trellis: int) -> list[Split]:
 def _follow(values: np.ndarray, trellis: int) -> tuple[np.ndarray, np.ndarray]:
     """Return codes and grids along the paths of a machine that starts anew at each chunk."""
     states_machine = machine(trellis)
-    codes, groups = np.empty(values.shape, np.int32), np.empty(values.shape, np.uint8)
+    # A code is about half its point in size.
+    width = np.int8 if values.dtype == np.int8 else np.int32
+    codes, groups = np.empty(values.shape, width), np.empty(values.shape, np.uint8)
     for rows in chunks(*values.shape):
         try:
             codes[rows], states = codes_of_points(values[rows], states_machine)
