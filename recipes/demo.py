@@ -67,7 +67,7 @@ def main() -> None:
     original = AutoModel.from_pretrained(source)
 
     print(f"Compressing all-MiniLM-L6-v2 to {args.bits:g} bits a weight, without data ...", flush=True)
-    config = SQFConfig(bits=args.bits, structure="grid")  # "auto" tries the other structures too, which takes minutes
+    config = SQFConfig(bits=args.bits, structure="grid")  # "auto" tries the other structures too, which takes longer
     start = time.perf_counter()
     model = AutoModel.from_pretrained(source, quantization_config=config)
     compressing = time.perf_counter() - start

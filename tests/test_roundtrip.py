@@ -173,8 +173,9 @@ def test_dequantized_saves_as_an_ordinary_model(name: str, made: Callable[..., M
         again, info = made(name).kind.from_pretrained(tmp_path, output_loading_info=True)
         saved = again.state_dict()
         assert all(torch.equal(saved[key], value) for key, value in dense.state_dict().items())
-        # An ordinary mixture of experts multiplies grouped, in another order than expert by expert.
-        torch.testing.assert_close(outputs_of(again), expected, rtol=0.0, atol=1e-5)
+        if name in ("mixtral", "qwen2_moe"):  # by itself it multiplies grouped, and sums in another order
+            again.set_experts_implementation("eager")
+        assert torch.equal(outputs_of(again), expected)
         assert not info["missing_keys"] and not info["unexpected_keys"]
 
 

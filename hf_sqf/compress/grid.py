@@ -131,9 +131,7 @@ def _round(weight: Tensor, metric: Metric, scales: Scales, prices: Tensor | None
 
 
 def rounded(weight: Tensor, metric: Metric, structure: str, term: Term) -> Solution:
-    """Return the solution that consists of one term of rounded codes; its distance is summed some rows at a time."""
-    distortion = 0.0
-    for some in _row_blocks(weight):
-        distortion += metric.of_rows(some).distance(weight[some], term.dense(some))
+    """Return the solution that consists of one term of rounded codes."""
     factors = Factors((weight.shape[0], weight.shape[1]), structure, (term,))
+    distortion = metric.distance(weight, factors)
     return Solution(factors, distortion, term_bits(term), trace=(distortion,), start="identity")

@@ -17,6 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..runtime.sqf_factors import Factors
+
 logger = logging.getLogger(__name__)
 
 DAMPING = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -62,14 +64,20 @@ class Metric:
         """Return the metric of some of a weight's rows alone."""
         return Metric(self.H, self.g if self.g is None or self.g.numel() == 1 else self.g[select])
 
-    def distance(self, weight: Tensor, approx: Tensor | None) -> float:
-        """Return ``d(weight, approx)``, summed in float64; ``approx=None`` stands for zero. Both (m, n)."""
+    def distance(self, weight: Tensor, approx: Tensor | Factors | None) -> float:
+        """Return ``d(weight, approx)``, summed in float64; ``approx=None`` stands for zero. Both (m, n).
+
+        Factors are multiplied some rows at a time, so that the approximation takes no memory.
+        """
         g, H = self.row_weights(), None if self.H is None else self.H.double()
         rows = max(1, _CHUNK // max(weight.shape[1], 1))
         total = 0.0
         for at in range(0, weight.shape[0], rows):
             error = weight[at : at + rows].double()
-            if approx is not None:
+            if isinstance(approx, Factors):
+                some = torch.arange(at, at + len(error), device=approx.device)
+                error = error - approx.dense(rows=some).double()
+            elif approx is not None:
                 error = error - approx[at : at + rows].double()
             error = error * (g if g.numel() == 1 else g[at : at + rows])[:, None]
             total += float((error * error if H is None else (error @ H) * error).sum())

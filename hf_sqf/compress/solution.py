@@ -7,13 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-import torch
 from torch import Tensor
 
 from ..runtime.sqf_factors import Factors
 from .metric import Metric
-
-_ENTRIES = 1 << 20  # that are compared at a time
 
 
 class Status(Enum):
@@ -46,16 +43,6 @@ class Problem:
     width: int | None = None
     seed: int = 0
     trellis: int = 0
-
-    def distance(self, factors: Factors) -> float:
-        """Return ``d(W, factors.dense())``, summed some rows at a time so that the approximation takes no memory."""
-        m, n = self.weight.shape
-        size, total = max(1, _ENTRIES // n), 0.0
-        for first in range(0, m, size):
-            some = slice(first, min(first + size, m))
-            approx = factors.dense(rows=torch.arange(some.start, some.stop, device=self.weight.device))
-            total += self.metric.of_rows(some).distance(self.weight[some], approx)
-        return total
 
     def least(self, solutions: Iterable[Solution]) -> Solution:
         """Return the solution of least ``distortion + lambda bits``; the first where they differ by rounding only."""

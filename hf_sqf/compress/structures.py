@@ -84,7 +84,7 @@ def solve_sum(problem: Problem, first: str, second: str, blocks: Blocks | None =
     tail = sparse_grid(rest) if second == "grid" and not problem.trellis else SOLVERS[second](rest)
     used = tuple(t for t in (*head.factors.terms, *tail.factors.terms) if t.one_hot or t.nonzeros)
     factors = Factors(tail.factors.shape, f"{first}+{second}", used or tail.factors.terms)
-    distortion = problem.distance(factors)
+    distortion = problem.metric.distance(problem.weight, factors)
     iterations = head.iterations + tail.iterations
     trace = (head.distortion, distortion)
     return Solution(factors, distortion, factors_bits(factors), tail.status, trace, iterations, head.start)

@@ -192,7 +192,7 @@ def solve_two_factor(blocks: Blocks, structure: str, count: CountAtoms = atoms_t
     factors = Factors(shape, structure, (_term(codes, atoms, steps, blocks),))
     return Solution(
         factors,
-        blocks.problem.distance(factors),
+        blocks.problem.metric.distance(blocks.weight, factors),
         factors_bits(factors),
         found.status,
         found.trace,

@@ -34,6 +34,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+_CHUNK = 1 << 20  # entries of a product that are in float64 at a time
 FINE = 4096
 """Divisions of an octave for the scale of a whole term."""
 
@@ -193,6 +194,3 @@ class Factors:
     def to(self, device: torch.device | str) -> Factors:
         """Return the factors with their tensors on ``device``."""
         return Factors(self.shape, self.structure, tuple(t.to(device) for t in self.terms))
-
-
-_CHUNK = 1 << 20  # entries of a product that are in float64 at a time

@@ -23,11 +23,10 @@ try:
 except ImportError:  # the factories below then return None, and nothing is called
     FEATURES: dict[str, bool] = {}
 else:
-    given = getattr(config, "CPU_FEATURES", None)  # NUMBA_CPU_FEATURES, "+avx2,-avx512f": what numba compiles for
-    if given is None:
-        FEATURES = dict(binding.get_host_cpu_features())
-    else:
-        FEATURES = {feature[1:]: feature[0] == "+" for feature in given.split(",") if feature}
+    # What numba compiles for: NUMBA_CPU_FEATURES, such as "+avx2,-avx512f", or what this processor has.
+    _given = getattr(config, "CPU_FEATURES", None)
+    _named = _given if _given is not None else binding.get_host_cpu_features().flatten()
+    FEATURES = {feature[1:]: feature[0] == "+" for feature in _named.split(",") if feature}
 
 NONE, INT4, INT8, INT16 = 0, 4, 8, 16
 """Storage of a matrix's dense part."""
