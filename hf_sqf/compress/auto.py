@@ -1,23 +1,24 @@
 """``auto``: the structure of least ``distortion + lambda bits``.
 
 Rounding entry by entry costs little to try. What costs more is tried where the spectrum of the weight says that it
-may pay (:mod:`.prediction`), and vector quantization where it does on a few rows.
+may pay (:mod:`.prediction`), and vector quantization where it does on a few rows. On a large weight all is tried on a
+sample of its rows, and the winner alone solves the whole.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from functools import partial
 
 from .prediction import atoms_before_grid
-from .rate import atom_bits
-from .solution import Problem, Solution, slope
+from .solution import Problem, Solution
 from .structures import (
     CLOSE,
+    Solver,
     blocks_that_may_pay,
     blocks_to_ask,
-    grid,
+    dependent_grid,
     has_spectrum,
+    nearest_grid,
     solve_sum,
     sparse_grid,
     vq,
@@ -26,8 +27,9 @@ from .structures import (
 from .two_factor import Blocks, solve_two_factor
 
 ALIKE = ("pgd", "svd", "sparse_pca")
-"""Structures from the same start, which differ little: all are tried on weights of few entries, else the first."""
-SMALL = 1 << 20
+"""Structures from the same start."""
+SAMPLE = 1 << 20
+"""Entries of a weight that the structures are compared on."""
 LEAST_SAVING = 0.002
 """Predicted saving of taking away a few atoms, relative to all costs, for which ``svd+grid`` is tried."""
 VQ_SAMPLE = 1 << 13
@@ -36,28 +38,45 @@ VQ_SAMPLE = 1 << 13
 
 def solve_auto(problem: Problem) -> Solution:
     """Solve with the structure that costs least."""
-    rounded = best = problem.least([grid(problem), sparse_grid(problem)])
-    small = problem.weight.numel() <= SMALL
+    few = problem.sample(SAMPLE)
+    found, solver = _contest(few)
+    return found if few is problem else solver(problem)
+
+
+def _contest(problem: Problem) -> tuple[Solution, Solver]:
+    """Return the solution of least cost, and the solver that finds it."""
+    rounders = [nearest_grid, sparse_grid, *([dependent_grid] if problem.trellis else [])]
+    found = [(rounder(problem), rounder) for rounder in rounders]
+    rounded = problem.least(solution for solution, _ in found)
     cuts = blocks_to_ask(problem)
     for blocks in blocks_that_may_pay(cuts, rounded):
-        for structure in ALIKE if small else ALIKE[:1]:
-            best = problem.least([best, solve_two_factor(blocks, structure)])
+        found += [(solve_two_factor(blocks, name), partial(_two_factor, blocks.width, name)) for name in ALIKE]
+    best = problem.least(solution for solution, _ in found)
     whole = next((b for b in cuts if b.count == 1), None) or Blocks(problem)
     if sum_may_pay(whole, rounded, best):
-        best = problem.least([best, solve_sum(problem, "svd", "grid", whole)])
+        found.append((solve_sum(problem, "svd", "grid", whole), _low_rank_and_grid))
     if vq_may_pay(problem):
-        best = problem.least([best, vq(problem)])
-    return best
+        found.append((vq(problem), vq))
+    best = problem.least(solution for solution, _ in found)
+    return next((solution, solver) for solution, solver in found if solution is best)
+
+
+def _two_factor(width: int, structure: str, problem: Problem) -> Solution:
+    return solve_two_factor(Blocks(problem, width), structure)
+
+
+def _low_rank_and_grid(problem: Problem) -> Solution:
+    return solve_sum(problem, "svd", "grid")
 
 
 def sum_may_pay(whole: Blocks, rounded: Solution, best: Solution) -> bool:
     """Whether atoms taken away before rounding save something, and enough to come near to the best so far."""
     if not has_spectrum(whole):
         return False
-    step = whole.problem.step
-    saving = step**2 * atoms_before_grid(whole.principal[1], whole.rows, whole.width)[1]
-    cost = rounded.cost(step)
-    return saving > LEAST_SAVING * cost and cost - saving < CLOSE * best.cost(step)
+    problem = whole.problem
+    saving = problem.step**2 * atoms_before_grid(whole.principal[1], whole.population, whole.width)[1]
+    cost = problem.stands_for * problem.cost(rounded)
+    return saving > LEAST_SAVING * cost and cost - saving < CLOSE * problem.stands_for * problem.cost(best)
 
 
 def vq_may_pay(problem: Problem) -> bool:
@@ -65,8 +84,5 @@ def vq_may_pay(problem: Problem) -> bool:
 
     The widest blocks are taken whose codebook is still small for so few rows, lest it learn them by heart.
     """
-    rows = slice(None, None, math.ceil(problem.weight.numel() / VQ_SAMPLE))
-    few = replace(problem, weight=problem.weight[rows], metric=problem.metric.of_rows(rows))
-    found = solve_two_factor(Blocks(few, vq_widths(few)[-1]), "vq")
-    shared = (1.0 - few.weight.numel() / problem.weight.numel()) * atom_bits(found.factors.terms[0])
-    return found.cost(few.step) - slope(few.step) * shared < sparse_grid(few).cost(few.step)
+    few = problem.sample(VQ_SAMPLE)
+    return few.better(solve_two_factor(Blocks(few, vq_widths(few)[-1]), "vq"), sparse_grid(few))

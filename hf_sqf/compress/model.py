@@ -79,6 +79,7 @@ def compress(
     model.config.quantization_config = quantizer.quantization_config
     _assign_is_quantized(model)
     settle(model, quantizer.quantization_config.runtime)
+    trim()
     return model
 
 

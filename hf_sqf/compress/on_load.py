@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..runtime.sqf_quantizer import SQFQuantizer, settle
+from .mapped import trim
 from .model import compress_weights
 
 
@@ -31,3 +32,4 @@ class CompressingQuantizer(SQFQuantizer):
         else:
             compress_weights(model, self.quantization_config)
             settle(model, self.quantization_config.runtime)
+            trim()

@@ -26,7 +26,7 @@ def entry_cost(energy: Tensor) -> Tensor:
     return torch.where(energy < 2.0**-4, energy.double(), cost)
 
 
-def atom_costs(power: Tensor, rows: int, width: int) -> Tensor:
+def atom_costs(power: Tensor, rows: float, width: int) -> Tensor:
     """Return the cost of storing each atom and its codes, (r,).
 
     Args:
@@ -37,22 +37,22 @@ def atom_costs(power: Tensor, rows: int, width: int) -> Tensor:
     return rows * entry_cost(power / rows) + width * entry_cost(power / width)
 
 
-def atoms_that_pay(power: Tensor, rows: int, width: int) -> int:
+def atoms_that_pay(power: Tensor, rows: float, width: int) -> int:
     """Return how many atoms lower the cost when what they leave is dropped. ``power`` falls."""
     return int((atom_costs(power, rows, width) < power).sum())
 
 
-def columns_cost(power: Tensor, rows: int) -> float:
+def columns_cost(power: Tensor, rows: float) -> float:
     """Return the cost of columns with squared norms ``power`` (n,) as they are: over the identity."""
     return float((rows * entry_cost(power / rows)).sum())
 
 
-def low_rank_cost(power: Tensor, rows: int, width: int) -> float:
+def low_rank_cost(power: Tensor, rows: float, width: int) -> float:
     """Return the cost of a weight as its best sum of atoms."""
     return float(torch.minimum(atom_costs(power, rows, width), power).sum())
 
 
-def atoms_before_grid(power: Tensor, rows: int, width: int) -> tuple[int, float]:
+def atoms_before_grid(power: Tensor, rows: float, width: int) -> tuple[int, float]:
     """Return how many atoms to take away before the rest is rounded entry by entry, and the saving (>= 0).
 
     Args:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from torch import Tensor
 
 from ..runtime.sqf_factors import Factors
 from .metric import Metric
+from .rate import atom_bits
 
 
 class Status(Enum):
@@ -35,6 +36,7 @@ class Problem:
         width: d of the blocks; None lets the structure choose.
         seed: of starts that draw at random.
         trellis: states of dependent quantization, which ``grid`` may use; 0 for scalar rounding alone.
+        stands_for: rows of a taller weight that each row stands for, where these are a sample of it.
     """
 
     weight: Tensor
@@ -43,12 +45,33 @@ class Problem:
     width: int | None = None
     seed: int = 0
     trellis: int = 0
+    stands_for: float = 1.0
+
+    def sample(self, entries: int) -> Problem:
+        """Return the problem of evenly spaced rows, with about so many entries; itself if it has no more."""
+        stride = math.ceil(self.weight.numel() / entries)
+        if stride <= 1:
+            return self
+        few, rows = self.weight[::stride], slice(None, None, stride)
+        stands_for = self.stands_for * len(self.weight) / len(few)
+        return replace(self, weight=few, metric=self.metric.of_rows(rows), stands_for=stands_for)
+
+    def cost(self, solution: Solution) -> float:
+        """Return ``distortion + lambda bits`` of a solution, its share of the bits where other rows use them too."""
+        shared = 0.0
+        if self.stands_for > 1.0:
+            shared = (1.0 - 1.0 / self.stands_for) * sum(atom_bits(term) for term in solution.factors.terms)
+        return solution.cost(self.step) - slope(self.step) * shared
+
+    def better(self, solution: Solution, than: Solution) -> bool:
+        """Whether a solution costs less than another, by more than rounding errors do."""
+        return self.cost(solution) < self.cost(than) * (1.0 - 1e-9)
 
     def least(self, solutions: Iterable[Solution]) -> Solution:
         """Return the solution of least ``distortion + lambda bits``; the first where they differ by rounding only."""
         best: Solution | None = None
         for found in solutions:
-            if best is None or found.cost(self.step) < best.cost(self.step) * (1.0 - 1e-9):
+            if best is None or self.better(found, best):
                 best = found
         assert best is not None
         return best

@@ -34,11 +34,17 @@ FEW = 1 << 14
 
 def grid(problem: Problem) -> Solution:
     """Entry by entry, to the nearest; or along a trellis where that costs less."""
-    scalar = solve_grid(problem.weight, problem.metric, problem.step)
-    if not problem.trellis:
-        return scalar
-    dependent = solve_dependent(problem.weight, problem.metric, problem.step, problem.trellis)
-    return problem.least([dependent, scalar])
+    return problem.least([dependent_grid(problem), nearest_grid(problem)]) if problem.trellis else nearest_grid(problem)
+
+
+def nearest_grid(problem: Problem) -> Solution:
+    """Entry by entry, to the nearest."""
+    return solve_grid(problem.weight, problem.metric, problem.step)
+
+
+def dependent_grid(problem: Problem) -> Solution:
+    """Along a trellis."""
+    return solve_dependent(problem.weight, problem.metric, problem.step, problem.trellis)
 
 
 def sparse_grid(problem: Problem) -> Solution:
@@ -110,9 +116,9 @@ def blocks_that_may_pay(cuts: list[Blocks], identity: Solution) -> list[Blocks]:
     """
     costs = {}
     for blocks in cuts:
-        limit = identity.cost(blocks.problem.step) / blocks.problem.step**2
-        cost = low_rank_cost(blocks.principal[1], blocks.rows, blocks.width)
-        if MARGIN * cost < limit and cost < columns_cost(blocks.power_of_columns, blocks.rows):
+        limit = blocks.problem.stands_for * identity.cost(blocks.problem.step) / blocks.problem.step**2
+        cost = low_rank_cost(blocks.principal[1], blocks.population, blocks.width)
+        if MARGIN * cost < limit and cost < columns_cost(blocks.power_of_columns, blocks.population):
             costs[blocks] = cost
     return [blocks for blocks, cost in costs.items() if cost < CLOSE * min(costs.values())]
 

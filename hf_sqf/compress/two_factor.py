@@ -32,7 +32,7 @@ from .starts import kmeans_plus_plus, principal_of_moments, principal_of_rows
 
 SAMPLE = 1 << 20
 """Entries of a large weight that a dictionary is learned on (more where the dictionary is wide)."""
-_CHUNK = 1 << 21  # entries that are encoded at a time
+_CHUNK = 1 << 19  # entries that are encoded at a time
 _DRAWS = 1 << 15  # blocks that k-means draws its start from
 ITERATIONS = 6
 """Most iterations on the grid: from least-squares codes, the first few do nearly all."""
@@ -57,6 +57,7 @@ class Blocks:
         self.width = min(width or self.weight.shape[1], self.weight.shape[1])
         self.count = math.ceil(self.weight.shape[1] / self.width)
         self.rows = self.weight.shape[0] * self.count
+        self.population = self.rows * problem.stands_for  # blocks of all rows that will share the dictionary
         self.scales = grid_scales(Metric(g=metric.g), problem.step)
         self.seen = metric.of_blocks(self.width, self.count)
         self.H = None if self.seen.H is None else self.seen.H.double()
@@ -76,7 +77,7 @@ class Blocks:
 
     def sample(self) -> Tensor:
         """Return the blocks of evenly spaced rows: all of them unless the weight is large."""
-        entries = max(SAMPLE, 8 * self.width * self.width)
+        entries = max(SAMPLE, 4 * self.width * self.width)
         return self.part(slice(None, None, math.ceil(self.weight.numel() / entries)))
 
     @cached_property
@@ -91,8 +92,10 @@ class Blocks:
     def principal(self) -> tuple[Tensor, Tensor]:
         """The right singular vectors (r, d) in the metric, as atoms, and s^2 (r,); see :mod:`.starts`."""
         if self.rows < self.width:
-            return principal_of_rows(self.part(slice(None)), self.H)
-        return principal_of_moments(self.moments, None if self.H is None else self.seen.cholesky())
+            atoms, power = principal_of_rows(self.part(slice(None)), self.H)
+        else:
+            atoms, power = principal_of_moments(self.moments, None if self.H is None else self.seen.cholesky())
+        return atoms, power * self.problem.stands_for
 
     @cached_property
     def power_of_columns(self) -> Tensor:
@@ -100,10 +103,11 @@ class Blocks:
         power = torch.zeros(self.width, dtype=torch.float64)
         for x in self.chunks():
             power += x.square().sum(0)
+        power *= self.problem.stands_for
         return power if self.H is None else power * self.seen.cholesky().diagonal().square()
 
 
-CountAtoms = Callable[[Tensor, int, int], int]
+CountAtoms = Callable[[Tensor, float, int], int]
 """(s^2 of all atoms, rows of the codes, width of the atoms) -> how many of the atoms to take."""
 Start = Callable[[Blocks, Tensor, CountAtoms], "tuple[Tensor, Tensor]"]
 """(the blocks, a sample X of them, count) -> codes (m, K) or (m,) of the sample, and atoms (K, d)."""
@@ -112,7 +116,7 @@ Start = Callable[[Blocks, Tensor, CountAtoms], "tuple[Tensor, Tensor]"]
 def svd_start(blocks: Blocks, x: Tensor, count: CountAtoms) -> tuple[Tensor, Tensor]:
     """The leading right singular vectors, ``count`` of them."""
     atoms, power = blocks.principal
-    atoms = atoms[: count(power, blocks.rows, blocks.width)]
+    atoms = atoms[: count(power, blocks.population, blocks.width)]
     return weigh(x, blocks.H) @ atoms.T, atoms
 
 
@@ -180,7 +184,7 @@ def solve_two_factor(blocks: Blocks, structure: str, count: CountAtoms = atoms_t
     codes, atoms = kind.start(blocks, x, count)
     if len(atoms) == 0:
         codes, atoms = x.new_zeros(len(x), 1), x.new_zeros(1, blocks.width)
-    steps = _atom_steps(codes, len(atoms), blocks.rows / len(x))
+    steps = _atom_steps(codes, len(atoms), blocks.population / len(x))
     grid = Grid(log_scale(steps, 1).double()[:, None])
     if kind.inner is gradient_step:
         codes = least_squares_codes(x, grid(atoms), H)

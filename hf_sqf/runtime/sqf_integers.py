@@ -30,6 +30,7 @@ FEW = {NONE: 8, INT4: 16, INT8: 32, INT16: 16, INT32: 0}
 """Rows of input up to which multiplying the codes is faster than decoding them; recipes/speed.py measures it."""
 _TILE = 1 << 18
 """Decoded entries that stay in a processor's own cache until they are multiplied."""
+_BLOCK = 1 << 20  # codes that are put into storage at a time
 _COMPILED = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
@@ -49,7 +50,7 @@ def kind_for(codes: Tensor, smallest: int, columns: int, sparse: bool = False) -
         if kind < smallest:
             continue
         bound = _RANGES[kind]
-        outside = 0 if largest <= bound else int(((codes > bound) | (codes < -bound)).sum())
+        outside = 0 if largest <= bound else int(torch.count_nonzero((codes > bound) | (codes < -bound)))
         if not outside or (indexed and largest <= 32767 and outside <= _REMAINDER.get(kind, 0.0) * codes.numel()):
             break
     else:
@@ -61,26 +62,37 @@ def kind_for(codes: Tensor, smallest: int, columns: int, sparse: bool = False) -
 def store(codes: Tensor, kind: int) -> dict[str, Tensor]:
     """Return the arrays of integer codes (m, n) in a storage that :func:`kind_for` gave: see :class:`Integers`."""
     m, n = codes.shape
-    arrays, excess = {}, codes
+    arrays = {}
     if kind != NONE:
         bound = min(_RANGES.get(kind, 2**31 - 1), torch.iinfo(codes.dtype).max)
-        inside = codes.clamp(-bound, bound)
-        excess = codes - inside
-        inside = inside.to(_DTYPES[kind])
-        if kind == INT4:
-            half = (n + 1) // 2
-            high = torch.zeros(m, half, dtype=torch.int8, device=codes.device)
-            high[:, : n - half] = inside[:, half:]
-            inside = high.mul_(16).add_(inside[:, :half])
-        flat = inside.reshape(-1)
-        arrays["codes"] = torch.cat([flat, flat.new_zeros(SLACK // flat.element_size())])
-    if kind == NONE or bool(excess.any()):
+        width = (n + 1) // 2 if kind == INT4 else n
+        dtype = _DTYPES[kind]
+        arrays["codes"] = codes.new_zeros(m * width + SLACK // dtype.itemsize, dtype=dtype)
+    outside = []
+    rows = max(1, _BLOCK // max(n, 1))
+    for at in range(0, max(m, 1), rows):  # some at a time: what is in between takes no memory to speak of
+        excess = part = codes[at : at + rows]
+        if kind != NONE:
+            inside = part.clamp(-bound, bound)
+            excess = part - inside
+            kept = _two_a_byte(inside) if kind == INT4 else inside
+            arrays["codes"][at * width : (at + len(part)) * width] = kept.reshape(-1)
         row, column = torch.nonzero(excess, as_tuple=True)
-        counts = torch.bincount(row, minlength=m)
+        counts = torch.bincount(row, minlength=len(part))
+        outside.append((counts, column.to(torch.int32), excess[row, column].to(torch.int16)))
+    counts, columns, values = (torch.cat(parts) for parts in zip(*outside, strict=True))
+    if kind == NONE or len(columns):
         arrays["starts"] = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-        arrays["columns"] = column.to(torch.int32).to(torch.uint16)
-        arrays["values"] = excess[row, column].to(torch.int16)
+        arrays["columns"], arrays["values"] = columns.to(torch.uint16), values
     return arrays
+
+
+def _two_a_byte(codes: Tensor) -> Tensor:
+    """Return int8 (m, ceil(n / 2)): the first half of the columns low, the other high."""
+    half = (codes.shape[1] + 1) // 2
+    high = codes.new_zeros(len(codes), half, dtype=torch.int8)
+    high[:, : codes.shape[1] - half] = codes[:, half:]
+    return high.mul_(16).add_(codes[:, :half])
 
 
 def check_ids(ids: Tensor, count: int) -> None:
