@@ -11,6 +11,7 @@ of another. All linear layers of the blocks are compressed; a last row adds the 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import resource
 import tempfile
@@ -21,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -133,6 +135,27 @@ def cut(text: str, tokenizer: object, context: int, tokens: int) -> Tensor:
     return ids[: count * context].reshape(count, context)
 
 
+def savings(scalar: list[tuple[float, float, float]], dependent: list[tuple[float, float, float]]) -> list[str]:
+    """Return, for each point (bits, KL, KL elsewhere) along a trellis, what scalar rounding needs more for equal KL.
+
+    The scalar curve is interpolated: its bits over the logarithm of the divergence.
+    """
+    lines = []
+    for bits, *divergences in dependent:
+        more = []
+        for place, divergence in enumerate(divergences, 1):
+            curve = sorted((math.log(point[place]), point[0]) for point in scalar)
+            if not curve or not curve[0][0] <= math.log(divergence) <= curve[-1][0]:
+                break
+            at = np.interp(math.log(divergence), [log for log, _ in curve], [rate for _, rate in curve])
+            more.append(float(at) - bits)
+        else:
+            lines.append(
+                f"at {bits:.3f} bits the trellis saves {more[0]:.3f} bits at equal KL, {more[1]:.3f} on the other"
+            )
+    return lines
+
+
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
@@ -141,7 +164,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dev", type=Path, required=True, help="text of the same kind to measure on")
     parser.add_argument("--bits", type=float, nargs="+", default=[2.05, 2.5, 2.65, 3.0])
     parser.add_argument("--target-size", default="55MB", help="of the whole model, embeddings included")
-    parser.add_argument("--structure", default="auto", help="grid alone takes a third of the time")
+    parser.add_argument("--structure", default="auto", help="grid alone takes less time")
+    parser.add_argument(
+        "--scalar",
+        type=float,
+        nargs="*",
+        default=[2.0, 2.2, 2.5, 2.7, 3.0, 3.2],
+        help="bits at which to compress without a trellis, too: what it saves is a row of the table",
+    )
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=8192, help="to measure on, of each text")
@@ -175,13 +205,16 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
 
-    def note(method: str, bits: float, size: float | None, model: PreTrainedModel, seconds: float) -> None:
+    def note(
+        method: str, bits: float, size: float | None, model: PreTrainedModel, seconds: float
+    ) -> tuple[float, float]:
         divergences = [measure.of(model) for measure in measures]
         megabytes = f"{size / 1e6:>9.1f}" if size else f"{'':>9}"
         lines.append(f"{method:<34}{bits:>7.3f}{megabytes}{divergences[0]:>11.4f}{divergences[1]:>9.4f}{seconds:>9.0f}")
         print(lines[-1], flush=True)
         args.keep.parent.mkdir(exist_ok=True)
         args.keep.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return divergences[0], divergences[1]
 
     calibration = args.calibration.read_text("utf-8")
     moments = input_moments(model, cut(calibration, tokenizer, args.context, args.samples * args.context))
@@ -204,16 +237,25 @@ def main() -> None:
     if args.statistics is not None and not args.statistics.exists():
         statistics.save(args.statistics)
     lines.append(f"statistics: {time.monotonic() - started:.0f} s")
-    asked = [{"bits": bits, "include_embeddings": False} for bits in args.bits] + [{"target_size": args.target_size}]
+    linears: dict[str, object] = {"include_embeddings": False}
+    asked = [{"bits": bits, **linears} for bits in args.bits]
+    asked += [{"bits": bits, "trellis": None, "structure": "pgd", **linears} for bits in args.scalar]
+    asked += [{"target_size": args.target_size}]
+    curves: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
     for options in asked:
         started, model = time.monotonic(), load()
-        compress(model, SQFConfig(statistics=statistics, structure=args.structure, **options))
+        compress(model, SQFConfig(**{"statistics": statistics, "structure": args.structure, **options}))
         seconds = time.monotonic() - started
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        method = f"hf_sqf, {args.structure}" + ("" if "bits" in options else ", with embeddings")
-        note(method, model.config.quantization_config.coverage["bits"], size, model, seconds)
+        method = f"hf_sqf, {options.get('structure', args.structure)}"
+        method += ", scalar" * ("trellis" in options) + ", with embeddings" * ("bits" not in options)
+        rate = model.config.quantization_config.coverage["bits"]
+        divergences = note(method, rate, size, model, seconds)
+        if "bits" in options:
+            curves["trellis" not in options].append((rate, *divergences))
+    lines += savings(curves[False], curves[True])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     lines.append(f"peak resident memory of this run, kept log-probabilities included: {peak:.0f} MB")
     args.keep.write_text("\n".join(lines) + "\n", encoding="utf-8")

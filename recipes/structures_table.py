@@ -34,7 +34,7 @@ from hf_sqf.runtime.sqf_container import pack
 
 STRUCTURES = ("grid", "svd", "sparse_pca", "vq", "pgd", "svd+grid", "auto")
 SINGLE = ("grid", "svd", "sparse_pca", "vq", "pgd")
-STEPS = (4.0, 3.2, 2.7, 2.3, 2.0, 1.7, 1.4, 1.1, 0.8, 0.55, 0.35, 0.22)
+STEPS = (4.0, 3.2, 2.7, 2.3, 2.0, 1.85, 1.7, 1.55, 1.4, 1.25, 1.1, 0.95, 0.8, 0.55, 0.35, 0.22, 0.18)
 """Noise steps, in units of each weight's root mean square."""
 RATES = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 ROUNDING = 0.01

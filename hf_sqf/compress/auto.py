@@ -28,7 +28,7 @@ from .two_factor import Blocks, solve_two_factor
 
 ALIKE = ("pgd", "svd", "sparse_pca")
 """Structures from the same start."""
-SAMPLE = 1 << 20
+SAMPLE = 1 << 18
 """Entries of a weight that the structures are compared on."""
 LEAST_SAVING = 0.002
 """Predicted saving of taking away a few atoms, relative to all costs, for which ``svd+grid`` is tried."""

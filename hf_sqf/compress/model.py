@@ -218,7 +218,7 @@ class _Job:
             options = self.config.block, self.config.seed, target.name, self.config.trellis or 0
             found = solve(matrix, metric, step, structure, *options)
             factors.append(found.factors)
-        self.packed[target.name] = pack(factors)
+        self.packed[target.name] = pack(factors, target.name)
         self._done_with(target)
         size = self.packed[target.name].numel()
         return 8 * (size + self.header.entry(target, size))
@@ -238,7 +238,7 @@ class _Job:
             solve(w[:8], m.of_rows(slice(8)), coarse, "grid", name=target.name).factors
             for w, m in zip(matrices, metrics, strict=True)
         ]
-        return pack(factors).numel()
+        return pack(factors, target.name).numel()
 
 
 def _groups(targets: list[Target]) -> dict[str | None, list[Target]]:

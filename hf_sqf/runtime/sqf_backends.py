@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .sqf_codec import chunk_rows
-from .sqf_container import Record, pack, records
+from .sqf_container import Record, pack, records, weight_name
 from .sqf_factors import Factors
 from .sqf_jit import HAVE_NUMBA
-from .sqf_resident import is_resident, lay_out, resident_backend, resident_factors, resident_matrices
+from .sqf_resident import is_resident, lay_out, resident_backend, resident_factors, resident_matrices, resident_name
 from .sqf_running import Dense, Running
 
 _RESIDENT = ("int8", "int4")
@@ -62,7 +62,8 @@ def packed_bytes(data: Tensor) -> Tensor:
     known = _packed_again.get(data)
     packed = known[1]() if known is not None and known[0] == _state(data) else None
     if packed is None:
-        packed = pack([f.to("cpu") for f in resident_factors(data.detach())]).to(data.device)
+        matrices = [f.to("cpu") for f in resident_factors(data.detach())]
+        packed = pack(matrices, resident_name(data.detach())).to(data.device)
         _packed_again[data] = _state(data), weakref.ref(packed)
     return packed
 
@@ -79,7 +80,8 @@ def bytes_for(data: Tensor, runtime: str, name: str = "weight") -> Tensor:
     backend, size = resident_backend(data) if is_resident(data) else ("", data.numel())
     if backend == runtime:
         return data
-    return lay_out([f.to("cpu") for f in factors_in(data, name)], runtime, size).to(data.device)
+    weight = resident_name(data) if is_resident(data) else weight_name(data, name)
+    return lay_out([f.to("cpu") for f in factors_in(data, name)], runtime, size, weight).to(data.device)
 
 
 class Streamed(Running):

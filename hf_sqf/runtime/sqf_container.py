@@ -26,6 +26,7 @@ VERSION = 1
 _PREFIX = len(MAGIC) + 1 + 4  # magic, version, CRC
 _STRUCTURES = ("", "grid", "svd", "sparse_pca", "vq", "pgd", "svd+grid")  # 0: the name follows
 _ONE_HOT, _ATOMS, _ONE_STEP, _ONE_ROW, _TRELLIS, _COL_PRIOR, _ROW_PRIOR = (1 << i for i in range(7))
+_WEIGHT_NAME = 2  # tag of a section
 _SIZE = 1 << 40  # above any dimension
 _PRIOR_SAMPLE = 64  # rows by which to judge whether a prior helps
 
@@ -110,10 +111,14 @@ def _quarter_octaves(scale: np.ndarray, resolution: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def pack(factors: Sequence[Factors]) -> Tensor:
+def pack(factors: Sequence[Factors], weight: str = "") -> Tensor:
     """Return the bytes of one weight (one matrix, or one per expert) as a 1-D uint8 tensor.
 
     The same factors give the same bytes, on any number of threads.
+
+    Args:
+        factors: of each matrix.
+        weight: the weight's full name in its model, written down so that tensors that were swapped are found out.
     """
     out = Writer()
     records = [_encode_record(f) for f in factors]
@@ -122,6 +127,9 @@ def pack(factors: Sequence[Factors]) -> Tensor:
         out.unsigned(len(record))
     for record in records:
         out.raw(record)
+    if weight:
+        out.unsigned(_WEIGHT_NAME)
+        out.block(weight.encode())
     body = bytes(out)
     data = MAGIC + bytes((VERSION,)) + zlib.crc32(body).to_bytes(4, "little") + body
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
@@ -209,7 +217,19 @@ def records(
         ValueError: not such bytes, damaged, newer than this version, or of another shape; names the tensor.
     """
     try:
-        return _read(_view(data), name, expected_shape)
+        return _read(_view(data), name, expected_shape)[0]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def weight_name(data: Tensor | bytes | memoryview, name: str = "weight") -> str:
+    """Return the full name that a weight had when :func:`pack` was told it; else "".
+
+    Raises:
+        ValueError: not such bytes, damaged, or newer than this version; names the tensor.
+    """
+    try:
+        return _read(_view(data), name, None)[1]
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -233,7 +253,7 @@ def _view(data: Tensor | bytes | memoryview) -> memoryview:
     return np.ascontiguousarray(_numpy(data)).data
 
 
-def _read(data: memoryview, name: str, expected_shape: tuple[int, int] | None) -> list[Record]:
+def _read(data: memoryview, name: str, expected_shape: tuple[int, int] | None) -> tuple[list[Record], str]:
     if len(data) < _PREFIX or bytes(data[: len(MAGIC)]) != MAGIC:
         raise ValueError("this is not a compressed weight")
     if data[len(MAGIC)] > VERSION:
@@ -249,15 +269,17 @@ def _read(data: memoryview, name: str, expected_shape: tuple[int, int] | None) -
         raise ValueError(f"{reader.left} bytes cannot hold {count} matrices")
     sizes = [reader.unsigned() for _ in range(count)]
     found = [_read_record(reader.raw(size), name) for size in sizes]
-    while reader.left:  # sections that later versions may append: odd tags must be understood, even ones need not
-        tag = reader.unsigned()
-        reader.block()
-        if tag % 2:
+    weight = ""
+    while reader.left:  # sections, to which later versions may add: odd tags must be understood, even ones need not
+        tag, section = reader.unsigned(), reader.block()
+        if tag == _WEIGHT_NAME:
+            weight = str(section, "utf-8")
+        elif tag % 2:
             raise ValueError(f"the weight needs feature {tag}, which this version of hf_sqf does not know: update it")
     for record in found:
         if expected_shape is not None and record.shape != tuple(expected_shape):
             raise ValueError(f"the weight has shape {record.shape}, but the model expects {tuple(expected_shape)}")
-    return found
+    return found, weight
 
 
 def _read_record(data: memoryview, name: str) -> Record:

@@ -1,4 +1,4 @@
-"""What a whole model takes on when it is compressed: a class of the same name before its own."""
+"""What a whole model takes on when it is compressed: a class of the same name before its own, and what is saved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .sqf_modules import SQFModule
@@ -69,3 +70,24 @@ def _reduce(model: PreTrainedModel, protocol: Any) -> tuple[Any, ...]:  # noqa: 
 def _blank(native: type[PreTrainedModel]) -> PreTrainedModel:
     cls = _class(native, *MIXINS)  # type: ignore[arg-type]  # as above
     return cls.__new__(cls)
+
+
+def compressed_modules(model: nn.Module) -> Iterator[tuple[str, SQFModule]]:
+    """Yield the full name and module of everything that holds factors."""
+    for name, module in model.named_modules():
+        if isinstance(module, SQFModule):
+            yield name, module
+
+
+def saved_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what is saved: the state dict, and of a compressed model one tensor that no ordinary load can digest.
+
+    transformers without this quantizer would load the model with random weights and no more than a warning. A
+    ``weight`` of impossible shape turns that into an error.
+    """
+    state = dict(model.state_dict())
+    for name, module in compressed_modules(model):
+        attribute = next(iter(module.held))
+        state[f"{name}.{attribute}" if name else attribute] = torch.zeros(1, dtype=torch.uint8)
+        break
+    return state

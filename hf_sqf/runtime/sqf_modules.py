@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .sqf_backends import bytes_for, factors_in, matrices_in, packed_bytes
 from .sqf_config import check_runtime
-from .sqf_container import records
+from .sqf_container import records, weight_name
 from .sqf_factors import Factors
 from .sqf_product import linear, matrix, plain, product, rows
 from .sqf_resident import is_resident, resident_backend
@@ -115,6 +115,16 @@ class SQFModule(nn.Module):
         version = None if data.is_inference() else data._version
         self._running[name] = data, data.data_ptr(), version, self._checked(name, found)
         return found
+
+    def check(self, name: str = "weight") -> str:
+        """Check the packed bytes of a weight, without decoding it; return the name that it was packed with, or "".
+
+        Raises:
+            ValueError: as for :meth:`factors`.
+        """
+        data, tensor = self._bytes(name).detach().cpu(), self.held[name].name
+        self._checked(name, records(data, tensor))
+        return weight_name(data, tensor)
 
     def _checked(self, name: str, found: list[Any]) -> list[Any]:
         held = self.held[name]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -18,7 +19,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from .sqf_config import QUANT_METHOD, SQFConfig
-from .sqf_modules import SUFFIX, Held, SQFModule, compress_module, decompress_module, set_runtime, weights_of
+from .sqf_model import compressed_modules, saved_state
+from .sqf_modules import SUFFIX, Held, compress_module, decompress_module, set_runtime, weights_of
+from .sqf_size import compressed_bytes
 
 COMPANIONS: dict[str, tuple[Callable[[PreTrainedModel], None], Callable[[PreTrainedModel], None]]] = {}
 """Who else has a part in a compressed model: name -> what to call once it is one, and once it is one no longer."""
@@ -57,9 +60,13 @@ class SQFQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
-            prepare(model, kwargs.get("checkpoint_files") or [], self.quantization_config, self._dtype)
+            files = kwargs.get("checkpoint_files") or []
+            self._sources = prepare(model, files, self.quantization_config, self._dtype)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            check_weights(model, self._sources)
+            recount(model, self.quantization_config)
         if self.pre_quantized and self.quantization_config.dequantize:
             decompress(model)
         else:
@@ -113,28 +120,9 @@ def settle(model: PreTrainedModel, runtime: str) -> None:
         attach(model)
 
 
-def compressed_modules(model: nn.Module) -> Iterator[tuple[str, SQFModule]]:
-    """Yield the full name and module of everything that holds factors."""
-    for name, module in model.named_modules():
-        if isinstance(module, SQFModule):
-            yield name, module
-
-
-def saved_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return what is saved: the state dict, and of a compressed model one tensor that no ordinary load can digest.
-
-    transformers without this quantizer would load the model with random weights and no more than a warning. A
-    ``weight`` of impossible shape turns that into an error.
-    """
-    state = dict(model.state_dict())
-    for name, module in compressed_modules(model):
-        attribute = next(iter(module.held))
-        state[f"{name}.{attribute}" if name else attribute] = torch.zeros(1, dtype=torch.uint8)
-        break
-    return state
-
-
-def prepare(model: PreTrainedModel, files: list[str], config: SQFConfig, dtype: torch.dtype | None = None) -> None:
+def prepare(
+    model: PreTrainedModel, files: list[str], config: SQFConfig, dtype: torch.dtype | None = None
+) -> dict[str, str]:
     """Put compressed modules into a model on the meta device, wherever a checkpoint has factors.
 
     Args:
@@ -143,6 +131,9 @@ def prepare(model: PreTrainedModel, files: list[str], config: SQFConfig, dtype: 
         config: the checkpoint's.
         dtype: that the model is loaded in.
 
+    Returns:
+        The file that each packed tensor lies in.
+
     Raises:
         ValueError: factors are missing, left over, or are no packed bytes; names tensor and file.
     """
@@ -150,7 +141,7 @@ def prepare(model: PreTrainedModel, files: list[str], config: SQFConfig, dtype: 
     for prefix, module in model.named_modules():
         for attribute, held in weights_of(module, prefix).items():
             sites[held.name] = (module, attribute, held)
-    shapes, sentinels = _read_headers(model, files, set(sites))
+    shapes, sources, sentinels = _read_headers(model, files, set(sites))
     _check_complete(model, shapes, set(sites), config, files)
 
     known = {
@@ -165,6 +156,54 @@ def prepare(model: PreTrainedModel, files: list[str], config: SQFConfig, dtype: 
     place(model, {name: (*sites[name], parameter) for name, parameter in packed.items()}, dtype)
     ignored = {f"^{re.escape(name)}$" for name in sentinels}
     model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
+    return sources
+
+
+def recount(model: PreTrainedModel, config: SQFConfig) -> None:
+    """Have the coverage speak of this model: a body that is loaded without its head has fewer weights."""
+    coverage = config.coverage or {}
+    shapes = {m.get_parameter(a + SUFFIX): h.shape for _, m in compressed_modules(model) for a, h in m.held.items()}
+    if coverage["weights"] != len(shapes):
+        compressed = sum(math.prod(shape) for shape in shapes.values())
+        rest = sum(p.numel() for p in model.parameters() if p not in shapes)
+        bits = round(8.0 * compressed_bytes(model) / compressed, 4)
+        counts = {"weights": len(shapes), "bits": bits, "parameters": rest + compressed, "compressed": compressed}
+        config.coverage = {**coverage, **counts}
+
+
+def check_weights(model: PreTrainedModel, sources: dict[str, str]) -> None:
+    """Check that every weight that was loaded is whole, is of the module's shape and lies where it belongs.
+
+    Args:
+        model: a compressed model, its bytes still packed.
+        sources: the file that each packed tensor came from.
+
+    Raises:
+        ValueError: names tensor and file.
+    """
+    sites: dict[nn.Parameter, list[str]] = {}  # tied weights are one parameter of several names
+    found: dict[nn.Parameter, str] = {}
+    for _, module in compressed_modules(model):
+        for attribute, held in module.held.items():
+            data = module.get_parameter(attribute + SUFFIX)
+            if data.is_meta:
+                continue  # offloaded: read when it is needed
+            sites.setdefault(data, []).append(held.name.removesuffix(SUFFIX))
+            try:
+                found[data] = module.check(attribute)
+            except ValueError as error:
+                raise ValueError(f"{error} (in {sources.get(held.name, 'a tied weight')})") from None
+    for data, names in sites.items():
+        if not found[data] or _belongs(found[data], names):
+            continue
+        if any(_belongs(found[data], others) for others in sites.values()):  # else a name that changed with the code
+            where = next((sources[n + SUFFIX] for n in names if n + SUFFIX in sources), "the checkpoint")
+            raise ValueError(f"{names[0]}{SUFFIX} in {where} holds {found[data]}: tensors were swapped")
+
+
+def _belongs(recorded: str, names: list[str]) -> bool:
+    """Whether a weight is one of these: its name may have gained or lost leading parts, as heads come and go."""
+    return any(f".{name}".endswith(f".{recorded}") or f".{recorded}".endswith(f".{name}") for name in names)
 
 
 def place(
@@ -233,8 +272,8 @@ def _rename_ties(model: PreTrainedModel, packed: set[str], compressed: bool) -> 
 
 def _read_headers(
     model: PreTrainedModel, files: list[str], sites: set[str]
-) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Return the model's name and the shape of every packed tensor in the files, and the names of sentinels.
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str], set[str]]:
+    """Return shape and file of every packed tensor, by the model's name for it, and the names of sentinels.
 
     Names in a file may be older, or have another prefix, than the model's own; transformers' renaming is applied.
     """
@@ -243,11 +282,12 @@ def _read_headers(
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = dict.fromkeys(model.state_dict(), True) | dict.fromkeys(sites, True)
     shapes: dict[str, tuple[int, ...]] = {}
+    sources: dict[str, str] = {}
     sentinels: set[str] = set()
     for file in files:
         if Path(file).suffix != ".safetensors":
             raise ValueError(f"{file}: compressed models are stored as safetensors")
-        with safe_open(file, framework="pt") as opened:
+        with _opened(file) as opened:
             for key in opened.keys():  # noqa: SIM118 (not a dictionary)
                 part = opened.get_slice(key)
                 dtype, shape = part.get_dtype(), tuple(part.get_shape())
@@ -257,11 +297,18 @@ def _read_headers(
                     name = rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0]
                     if name in shapes:
                         raise ValueError(f"{key} in {file}: there is more than one {name}")
-                    shapes[name] = shape
+                    shapes[name], sources[name] = shape, file
                 elif dtype == "U8" and shape == (1,):
                     # Without its prefix it fits no parameter of a body that is loaded from a model with a head.
                     sentinels |= {key, rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0]}
-    return shapes, sentinels
+    return shapes, sources, sentinels
+
+
+def _opened(file: str) -> Any:  # noqa: ANN401  (safetensors has no type for it)
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged, or is not a whole safetensors file: {error}") from None
 
 
 def _check_complete(

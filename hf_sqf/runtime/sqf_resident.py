@@ -34,17 +34,20 @@ def is_resident(data: Tensor) -> bool:
     return data.numel() >= size and not data.is_meta and bytes(data[:size].cpu().numpy()) == MAGIC
 
 
-def lay_out(matrices: Sequence[Factors], backend: str, packed_size: int = 0) -> Tensor:
+def lay_out(matrices: Sequence[Factors], backend: str, packed_size: int = 0, weight: str = "") -> Tensor:
     """Return the resident bytes of a weight: one matrix, or one per expert.
 
     Args:
         matrices: with their codes on the CPU.
         backend: ``"int4"`` (two codes a byte where nearly all of them fit, else a byte each) or ``"int8"``.
         packed_size: bytes that the weight takes when packed, to remember.
+        weight: the name that was packed with it, to remember.
     """
     arrays: list[Tensor] = []
     records = [_record(f, _BACKENDS[backend], arrays) for f in matrices]
-    header = json.dumps({"backend": backend, "packed_size": packed_size, "matrices": records}).encode()
+    header = json.dumps(
+        {"backend": backend, "packed_size": packed_size, "weight": weight, "matrices": records}
+    ).encode()
     start = _rounded(len(MAGIC) + 8 + len(header))
     ends, size = [], start
     for array in arrays:
@@ -133,6 +136,11 @@ def resident_backend(data: Tensor) -> tuple[str, int]:
     """Return the backend that bytes were laid out for, and their size when packed."""
     header = _Reader(data).header
     return header["backend"], header["packed_size"]
+
+
+def resident_name(data: Tensor) -> str:
+    """Return the name that was packed with a weight."""
+    return str(_Reader(data).header["weight"])
 
 
 def resident_factors(data: Tensor) -> list[Factors]:

@@ -22,8 +22,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from .sqf_codec import ideal_bits
 from .sqf_container import TermHeader, records
 from .sqf_factors import Term
+from .sqf_model import saved_state
 from .sqf_modules import SUFFIX
-from .sqf_quantizer import saved_state
 
 _DTYPES = {  # as safetensors names them, in the order in which it lays tensors out
     torch.uint64: "U64",

@@ -11,8 +11,9 @@ from transformers.quantizers import auto
 import hf_sqf
 from hf_sqf import SQFConfig
 from hf_sqf.compress.on_load import CompressingQuantizer
+from hf_sqf.runtime.sqf_model import saved_state
 from hf_sqf.runtime.sqf_modules import SQFModule
-from hf_sqf.runtime.sqf_quantizer import SQFQuantizer, register, saved_state
+from hf_sqf.runtime.sqf_quantizer import SQFQuantizer, register
 from tests.conftest import build
 
 OPTIONS = {"bits": 5.0, "structure": "grid", "trellis": None}
