@@ -169,7 +169,7 @@ def arguments() -> argparse.Namespace:
         "--scalar",
         type=float,
         nargs="*",
-        default=[2.0, 2.2, 2.5, 2.7, 3.0, 3.2],
+        default=[2.1, 2.4, 2.8, 3.2],
         help="bits at which to compress without a trellis, too: what it saves is a row of the table",
     )
     parser.add_argument("--samples", type=int, default=32)
@@ -239,7 +239,7 @@ def main() -> None:
     lines.append(f"statistics: {time.monotonic() - started:.0f} s")
     linears: dict[str, object] = {"include_embeddings": False}
     asked = [{"bits": bits, **linears} for bits in args.bits]
-    asked += [{"bits": bits, "trellis": None, "structure": "pgd", **linears} for bits in args.scalar]
+    asked += [{"bits": bits, "trellis": None, **linears} for bits in args.scalar]
     asked += [{"target_size": args.target_size}]
     curves: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
     for options in asked:
@@ -249,7 +249,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        method = f"hf_sqf, {options.get('structure', args.structure)}"
+        method = f"hf_sqf, {args.structure}"
         method += ", scalar" * ("trellis" in options) + ", with embeddings" * ("bits" not in options)
         rate = model.config.quantization_config.coverage["bits"]
         divergences = note(method, rate, size, model, seconds)
