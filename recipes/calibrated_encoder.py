@@ -20,6 +20,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from equal_quality import saved_bits
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,6 +57,13 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="paragraphs to calibrate on")
     parser.add_argument("--dev", type=Path, required=True, help="paragraphs of the same kind to measure on")
     parser.add_argument("--bits", type=float, nargs="+", default=[2.0, 2.5, 3.0, 4.0])
+    parser.add_argument(
+        "--scalar",
+        type=float,
+        nargs="*",
+        default=[2.0, 2.2, 2.6, 3.1, 3.6, 4.2],
+        help="bits at which to compress without a trellis, too",
+    )
     parser.add_argument("--samples", type=int, default=384)
     parser.add_argument("--statistics", type=Path, help="file to keep the statistics in, or to take them from")
     parser.add_argument("--keep", type=Path, default=KEPT)
@@ -83,25 +91,34 @@ def main() -> None:
         f"Calibrated on {args.samples} paragraphs in {time.monotonic() - started:.0f} s. {date.today()}, "
         f"Python {platform.python_version()}, {packages}, {platform.machine()}",
         "",
-        f"{'bits=':>6}{'bits in file':>14}{'MB':>8}{'same kind':>11}{'lowest':>8}{'other':>8}{'lowest':>8}"
+        f"{'bits=':>13}{'bits in file':>14}{'MB':>8}{'same kind':>11}{'lowest':>8}{'other':>8}{'lowest':>8}"
         f"{'time, s':>9}",
     ]
     print("\n".join(lines), flush=True)
-    for bits in args.bits:
+    curves: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
+    for bits, trellis in [(bits, True) for bits in args.bits] + [(bits, False) for bits in args.scalar]:
         started = time.monotonic()
-        model = compress(AutoModel.from_pretrained(args.model).eval(), SQFConfig(bits=bits, statistics=statistics))
+        options = {} if trellis else {"trellis": None}
+        config = SQFConfig(bits=bits, statistics=statistics, **options)
+        model = compress(AutoModel.from_pretrained(args.model).eval(), config)
         seconds = time.monotonic() - started
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        row = f"{bits:>6g}{model.config.quantization_config.coverage['bits']:>14.3f}{size / 1e6:>8.2f}"
+        rate = model.config.quantization_config.coverage["bits"]
+        label = f"{bits:g}" if trellis else f"scalar {bits:g}"
+        row, errors = f"{label:>13}{rate:>14.3f}{size / 1e6:>8.2f}", []
         for kept, some, width in zip(before, texts, (11, 8), strict=True):
             cosine = nn.functional.cosine_similarity(kept, embed(model, tokenizer, some))
+            errors.append(1.0 - float(cosine.mean()))
             row += f"{cosine.mean():>{width}.4f}{cosine.min():>8.4f}"
+        curves[trellis].append((rate, errors[0], errors[1]))
         lines.append(f"{row}{seconds:>9.0f}")
         print(lines[-1], flush=True)
         args.keep.parent.mkdir(exist_ok=True)
         args.keep.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines += saved_bits(curves[False], curves[True])
+    args.keep.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

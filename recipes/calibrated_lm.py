@@ -11,7 +11,6 @@ of another. All linear layers of the blocks are compressed; a last row adds the 
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import resource
 import tempfile
@@ -22,8 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import numpy as np
 import torch
+from equal_quality import saved_bits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -135,27 +134,6 @@ def cut(text: str, tokenizer: object, context: int, tokens: int) -> Tensor:
     return ids[: count * context].reshape(count, context)
 
 
-def savings(scalar: list[tuple[float, float, float]], dependent: list[tuple[float, float, float]]) -> list[str]:
-    """Return, for each point (bits, KL, KL elsewhere) along a trellis, what scalar rounding needs more for equal KL.
-
-    The scalar curve is interpolated: its bits over the logarithm of the divergence.
-    """
-    lines = []
-    for bits, *divergences in dependent:
-        more = []
-        for place, divergence in enumerate(divergences, 1):
-            curve = sorted((math.log(point[place]), point[0]) for point in scalar)
-            if not curve or not curve[0][0] <= math.log(divergence) <= curve[-1][0]:
-                break
-            at = np.interp(math.log(divergence), [log for log, _ in curve], [rate for _, rate in curve])
-            more.append(float(at) - bits)
-        else:
-            lines.append(
-                f"at {bits:.3f} bits the trellis saves {more[0]:.3f} bits at equal KL, {more[1]:.3f} on the other"
-            )
-    return lines
-
-
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
@@ -255,7 +233,7 @@ def main() -> None:
         divergences = note(method, rate, size, model, seconds)
         if "bits" in options:
             curves["trellis" not in options].append((rate, *divergences))
-    lines += savings(curves[False], curves[True])
+    lines += saved_bits(curves[False], curves[True])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     lines.append(f"peak resident memory of this run, kept log-probabilities included: {peak:.0f} MB")
     args.keep.write_text("\n".join(lines) + "\n", encoding="utf-8")
