@@ -85,4 +85,4 @@ def vq_may_pay(problem: Problem) -> bool:
     The widest blocks are taken whose codebook is still small for so few rows, lest it learn them by heart.
     """
     few = problem.sample(VQ_SAMPLE)
-    return few.better(solve_two_factor(Blocks(few, vq_widths(few)[-1]), "vq"), sparse_grid(few))
+    return few.better(solve_two_factor(Blocks(few, vq_widths(few, few.weight.numel())[-1]), "vq"), sparse_grid(few))

@@ -71,7 +71,7 @@ def pgd(problem: Problem) -> Solution:
 
 def vq(problem: Problem) -> Solution:
     """One-hot codes, with the width of blocks that costs least."""
-    widths = [problem.width] if problem.width else vq_widths(problem)
+    widths = [problem.width] if problem.width else vq_widths(problem, problem.weight.numel() * problem.stands_for)
     return problem.least(solve_two_factor(Blocks(problem, d), "vq") for d in widths)
 
 
@@ -128,13 +128,13 @@ def has_spectrum(blocks: Blocks) -> bool:
     return min(blocks.rows, blocks.width) <= LARGEST_SPECTRUM
 
 
-def vq_widths(problem: Problem) -> list[int]:
-    """Return the widths (two at most, the widest) whose codebooks, sized for the rate, suit the weight's size."""
+def vq_widths(problem: Problem, entries: float) -> list[int]:
+    """Return the widths (two at most, the widest) whose codebooks, sized for the rate, suit so many entries."""
     weight, fit = problem.weight, []
     for d in (d for d in VQ_WIDTHS if d <= weight.shape[1]):
         few = Blocks(problem, d).part(slice(None, None, math.ceil(weight.numel() / FEW)))
         atoms = codebook_size(few)
-        codes = math.log2(atoms) / d * weight.numel()
+        codes = math.log2(atoms) / d * entries
         if atoms <= VQ_ATOMS and 8.0 * atoms * d <= _VQ_SHARE * codes:
             fit.append(d)
     return fit[-2:] or [1]

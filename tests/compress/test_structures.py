@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from hf_sqf.compress import auto
 from hf_sqf.compress.auto import solve_auto
 from hf_sqf.compress.metric import Metric
-from hf_sqf.compress.solution import Problem
+from hf_sqf.compress.rate import atom_bits
+from hf_sqf.compress.solution import Problem, slope
 from hf_sqf.compress.structures import SOLVERS, solve_sum
 
 
@@ -13,16 +15,16 @@ def noise(m, n, seed=0):
     return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
 
 
-def weights():
-    """Weights that call for one structure or another."""
-    book = noise(16, 4, 1)[torch.randint(16, (64 * 16,), generator=torch.Generator().manual_seed(2))]
+def weights(times=1):
+    """Weights that call for one structure or another, ``times`` as many rows as they have at least."""
+    book = noise(16, 4, 1)[torch.randint(16, (times * 64 * 16,), generator=torch.Generator().manual_seed(2))]
     basis = torch.linalg.qr(noise(24, 24, 3)).Q
     return {
-        "white": noise(96, 64),
-        "low rank": noise(96, 4, 1) @ noise(4, 64, 2),
-        "low rank and noise": 4 * noise(256, 1, 1) @ noise(1, 128, 2) + noise(256, 128),
-        "repeated blocks": book.reshape(64, 64),
-        "tall, few directions": noise(4000, 24) * torch.logspace(0, -2, 24) @ basis,
+        "white": noise(times * 96, 64),
+        "low rank": noise(times * 96, 4, 1) @ noise(4, 64, 2),
+        "low rank and noise": 4 * noise(times * 256, 1, 1) @ noise(1, 128, 2) + noise(times * 256, 128),
+        "repeated blocks": book.reshape(times * 64, 64),
+        "tall, few directions": noise(times * 4000, 24) * torch.logspace(0, -2, 24) @ basis,
     }
 
 
@@ -46,6 +48,36 @@ def test_auto_is_never_worse_than_a_single_structure(name, step):
     assert best.cost(step) <= solve_sum(problem, "svd", "grid").cost(step) * 1.002
     if step == 0.5:
         assert best.factors.structure in EXPECTED[name]
+
+
+@pytest.mark.parametrize("step", [0.3, 1.2])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_auto_compares_on_a_sample_of_large_weights(name, step, monkeypatch):
+    weight = weights(times=6)[name]
+    problem = Problem(weight, Metric.relative(weight), step)
+    whole = solve_auto(problem)
+    monkeypatch.setattr(auto, "SAMPLE", weight.numel() // 4)
+    sampled = solve_auto(problem)
+    assert sampled.factors.shape == tuple(weight.shape)
+    assert sampled.cost(step) <= whole.cost(step) * 1.02
+
+
+def test_a_sample_of_a_problem():
+    weight = torch.cat([noise(400, 1, 1) @ noise(1, 20, 2), noise(1, 20, 3)])
+    metric = Metric(torch.eye(20), torch.linspace(0.5, 2.0, 401))
+    problem = Problem(weight, metric, 0.3)
+    few = problem.sample(2005)
+    torch.testing.assert_close(few.weight, weight[::4])
+    torch.testing.assert_close(few.metric.row_weights(), metric.row_weights()[::4])
+    assert few.stands_for == pytest.approx(401 / 101)
+    assert problem.sample(weight.numel()) is problem
+    again = few.sample(1010)
+    assert again.stands_for == pytest.approx(401 / 51)
+    # Atoms serve all rows: a sample of them bears its share of their bits.
+    found, share = SOLVERS["svd"](few), 1.0 / few.stands_for
+    atoms = sum(atom_bits(term) for term in found.factors.terms)
+    assert few.cost(found) == pytest.approx(found.cost(0.3) - slope(0.3) * (1.0 - share) * atoms)
+    assert problem.cost(found) == found.cost(0.3)
 
 
 def test_pgd_from_the_svd_of_tall_weights():
