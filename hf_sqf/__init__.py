@@ -3,6 +3,7 @@
 Importing the package makes the quantization method ``"sqf"`` known to transformers.
 """
 
+from .compress.checkpoint import compress_checkpoint
 from .compress.factorize import factorize
 from .compress.model import compress, dequantize
 from .compress.on_load import CompressingQuantizer
@@ -17,4 +18,13 @@ from .runtime.sqf_size import size_report
 register(CompressingQuantizer)
 
 __version__ = "0.1.0"
-__all__ = ["Factors", "SQFConfig", "compress", "dequantize", "factorize", "set_runtime", "size_report"]
+__all__ = [
+    "Factors",
+    "SQFConfig",
+    "compress",
+    "compress_checkpoint",
+    "dequantize",
+    "factorize",
+    "set_runtime",
+    "size_report",
+]

@@ -24,8 +24,10 @@ from .collect import measure
 from .factorize import solve
 from .mapped import release, trim
 from .metric import Metric
+from .statistics import Statistics
 from .target_size import bits_for_size
 from .targets import SMALL, Target, find_targets
+from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,10 @@ class RelativeMetrics:
 
 
 def compress(
-    model: PreTrainedModel, config: SQFConfig | None = None, metrics: MetricOf | None = None
+    model: PreTrainedModel,
+    config: SQFConfig | None = None,
+    metrics: MetricOf | None = None,
+    workspace: Workspace | None = None,
 ) -> PreTrainedModel:
     """Compress a model in memory, in place.
 
@@ -57,6 +62,7 @@ def compress(
         model: any model of transformers with floating-point weights.
         config: what is asked for; without one, ``SQFConfig()``.
         metrics: the distance in which each weight is approximated; without, relative squared error.
+        workspace: keeps results on disk; see :func:`hf_sqf.compress_checkpoint`.
 
     Returns:
         The model. ``model.config.quantization_config`` is a copy of the config whose ``coverage`` says what was done:
@@ -72,7 +78,7 @@ def compress(
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantized already; model.dequantize() makes it an ordinary one")
     quantizer = SQFQuantizer(config or SQFConfig(), pre_quantized=True)
-    compress_weights(model, quantizer.quantization_config, metrics)
+    compress_weights(model, quantizer.quantization_config, metrics, workspace)
     marks = {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": QUANT_METHOD}
     for name, value in marks.items():  # as transformers does on load
         setattr(model, name, value)
@@ -99,6 +105,7 @@ def compress_weights(
     model: PreTrainedModel,
     config: SQFConfig,
     metrics: MetricOf | None = None,
+    workspace: Workspace | None = None,
 ) -> None:
     """Compress the weights of a model in place and write ``config.coverage``.
 
@@ -106,17 +113,18 @@ def compress_weights(
         model: with dense weights.
         config: what is asked for.
         metrics: see :func:`compress`.
+        workspace: see :func:`compress`.
 
     Raises:
         ValueError: see :func:`compress`. No module is changed before all weights are solved.
     """
     targets, dense = find_targets(model, config)
-    statistics = measure(model, targets, config) if metrics is None else None
+    statistics = _statistics(model, targets, config, workspace) if metrics is None else None
     metrics = statistics.metrics if statistics is not None else metrics or RelativeMetrics()
     bits = config.bits
     if config.target_size is not None:
         bits = bits_for_size(model, targets, parse_size(config.target_size))
-    job = _Job(config, bits, metrics, _Header(model, targets, bits))
+    job = _Job(config, bits, metrics, _Header(model, targets, bits), workspace)
     targets = job.prepare(targets, dense)
     packed = job.run(targets)
     total = sum(p.numel() for p in model.parameters())
@@ -135,6 +143,18 @@ def compress_weights(
     config.base_model = config.base_model or _hub_id(model.name_or_path or "")
     config.fidelity = None
     _log(config.coverage)
+
+
+def _statistics(
+    model: PreTrainedModel, targets: list[Target], config: SQFConfig, workspace: Workspace | None
+) -> Statistics | None:
+    known = workspace.statistics() if workspace is not None else None
+    if known is not None:
+        return known
+    found = measure(model, targets, config)
+    if found is not None and workspace is not None:
+        workspace.keep_statistics(found)
+    return found
 
 
 class _Header:
@@ -157,8 +177,11 @@ class _Header:
 class _Job:
     """One run over the weights of a model: what is known of each, and its result so far."""
 
-    def __init__(self, config: SQFConfig, bits: float, metrics: MetricOf, header: _Header) -> None:
+    def __init__(
+        self, config: SQFConfig, bits: float, metrics: MetricOf, header: _Header, workspace: Workspace | None
+    ) -> None:
         self.config, self.bits, self.metrics, self.header = config, bits, metrics, header
+        self.workspace = workspace
         self.curves: dict[str, RateCurve] = {}
         self.packed: dict[str, Tensor] = {}
         self._read = 0
@@ -211,6 +234,15 @@ class _Job:
         return float(target.options.get("bits", self.bits))  # type: ignore[arg-type]
 
     def _solve(self, target: Target, step: float) -> int:
+        packed = self.workspace.get(target.name, step) if self.workspace is not None else None
+        if packed is None:
+            packed = self._packed(target, step)
+            if self.workspace is not None:
+                packed = self.workspace.put(target.name, step, packed)
+        self.packed[target.name] = packed
+        return 8 * (packed.numel() + self.header.entry(target, packed.numel()))
+
+    def _packed(self, target: Target, step: float) -> Tensor:
         structure = str(target.options.get("structure", self.config.structure))
         matrices = target.matrices()
         factors = []
@@ -218,10 +250,8 @@ class _Job:
             options = self.config.block, self.config.seed, target.name, self.config.trellis or 0
             found = solve(matrix, metric, step, structure, *options)
             factors.append(found.factors)
-        self.packed[target.name] = pack(factors, target.name)
         self._done_with(target)
-        size = self.packed[target.name].numel()
-        return 8 * (size + self.header.entry(target, size))
+        return pack(factors, target.name)
 
     def _done_with(self, target: Target) -> None:
         """Give back the memory of a dense weight that has been read, and of what was computed on the way."""

@@ -1,0 +1,136 @@
+"""From a checkpoint to a compressed one, weight by weight: memory does not grow with the model, and runs resume."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from ..runtime.sqf_config import SQFConfig
+from .model import compress
+from .statistics import Statistics, fingerprint
+from .workspace import Workspace
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.index.json")
+_MADE = ("config.json", "generation_config.json", "README.md")
+_COMPLETE = "complete.json"
+_VERSION = 1  # of the results of a run that go into a workspace: raised when the same job gives other bytes
+
+
+def compress_checkpoint(
+    source: str | Path, target: str | Path, config: SQFConfig | None = None, *, resume: bool = True
+) -> Path:
+    """Compress a checkpoint into a new folder. The bytes are those of compression on load.
+
+    Weights are mapped from the source's files, read one at a time and given back, and the results wait on disk: memory
+    is that of the largest weight and its work space. Interrupted at any moment, the next call goes on at the weight
+    where the last one stopped.
+
+    Args:
+        source: a folder, or an id on the Hub.
+        target: the folder to be made; must not exist, or be empty. It appears when it is complete. Until then results
+            lie beside it, in ``.<its name>.partial``.
+        config: what is asked for; without one, ``SQFConfig()``.
+        resume: go on with what an interrupted run left. Otherwise it is deleted.
+
+    Returns:
+        The target.
+
+    Raises:
+        ValueError: see :func:`hf_sqf.compress`; the target is not empty; or there is the beginning of a run with
+            another source, data, config or version (says what differs).
+        RuntimeError: another process is at work on the same target.
+        OSError: the disk is full, or the target's parent cannot be written to. What was done stays for the next call.
+    """
+    target, config = Path(target), copy.deepcopy(config) if config is not None else SQFConfig()
+    partial = target.parent / f".{target.name}.partial"
+    complete = _is_complete(partial, target)
+    if not complete and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty folder: name another target, or delete it")
+    config.runtime = "stream"  # nothing is to run: bytes stay as they are
+    model = load(source)
+    with Workspace(partial, job_of(model, config), resume or complete) as workspace:
+        if not complete:
+            compress(model, config, workspace=workspace)
+            made = partial / "made"
+            if made.exists():
+                shutil.rmtree(made)
+            model.save_pretrained(made)
+            copy_companions(model, made)
+            (partial / _COMPLETE).write_text(json.dumps(_files(made)))
+            if target.exists():
+                target.rmdir()
+            os.replace(made, target)
+        del model  # its bytes are mapped from the workspace
+        workspace.remove()
+    return target
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+
+
+def _is_complete(partial: Path, target: Path) -> bool:
+    """Whether the last run was interrupted between its last two steps: the target is there, and its workspace too."""
+    listed = partial / _COMPLETE
+    return listed.exists() and target.is_dir() and _files(target) == json.loads(listed.read_text())
+
+
+def load(source: str | Path) -> PreTrainedModel:
+    """Return the model of a checkpoint in the class that it names, its weights mapped, in their own dtype."""
+    found = AutoConfig.from_pretrained(source)
+    kind = getattr(transformers, (found.architectures or [""])[0], AutoModel)
+    model: PreTrainedModel = kind.from_pretrained(source, dtype="auto")
+    return model.eval()
+
+
+def job_of(model: PreTrainedModel, config: SQFConfig) -> dict[str, str]:
+    """Return what the bytes depend on, by topic."""
+    from .. import __version__
+
+    options = config.to_dict()
+    job = {
+        "source": fingerprint(model),
+        "data": _data_of(config),
+        "version": f"{__version__}/{_VERSION}",
+        "torch": torch.__version__,
+    }
+    ignored = ("coverage", "fidelity", "base_model", "runtime", "dequantize")
+    return job | {key: json.dumps(value) for key, value in sorted(options.items()) if key not in ignored}
+
+
+def _data_of(config: SQFConfig) -> str:
+    """Return a text that tells one calibration from another."""
+    if isinstance(config.statistics, Statistics):
+        return f"statistics of {config.statistics.fingerprint}"
+    if config.statistics is not None:
+        return f"statistics {hashlib.sha256(Path(config.statistics).read_bytes()).hexdigest()}"
+    if config.dataset is None:
+        return "none"
+    if isinstance(config.dataset, str):
+        data = config.dataset
+    elif isinstance(config.dataset, (list, tuple)) and all(isinstance(text, str) for text in config.dataset):
+        data = hashlib.sha256("\0".join(config.dataset).encode()).hexdigest()
+    else:
+        raise ValueError("dataset: a run that may be resumed takes a list of texts, a name, or statistics= from a file")
+    return f"{data}, samples {config.samples}, context {config.context}, own text {config.own_text}"
+
+
+def copy_companions(model: PreTrainedModel, target: Path) -> None:
+    """Copy what lies beside the weights of a model's source, the files of its tokenizer for instance."""
+    name = str(model.name_or_path)
+    source = Path(name)
+    if not source.is_dir():
+        source = Path(snapshot_download(name, ignore_patterns=[*_WEIGHTS, *_MADE]))
+    for file in sorted(file for file in source.iterdir() if file.is_file()):
+        made = file.name in _MADE or any(file.match(pattern) for pattern in _WEIGHTS)
+        if not made and not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
