@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -94,13 +95,11 @@ def load(source: str | Path) -> PreTrainedModel:
 
 def job_of(model: PreTrainedModel, config: SQFConfig) -> dict[str, str]:
     """Return what the bytes depend on, by topic."""
-    from .. import __version__
-
     options = config.to_dict()
     job = {
         "source": fingerprint(model),
         "data": _data_of(config),
-        "version": f"{__version__}/{_VERSION}",
+        "version": f"{version('hf-sqf')}/{_VERSION}",
         "torch": torch.__version__,
     }
     ignored = ("coverage", "fidelity", "base_model", "runtime", "dequantize")
