@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..runtime.sqf_container import weight_name
+from .mapped import release
 from .statistics import Statistics
 
 _JOB, _STATISTICS = "job.json", "statistics.safetensors"
@@ -84,6 +85,7 @@ class Workspace:
         data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
         if weight_name(data, str(path)) != weight:  # checks the bytes, too
             raise ValueError(f"{path} does not hold {weight}: delete it")
+        release(data)  # not needed before the model is saved
         return data
 
     def put(self, weight: str, step: float, packed: Tensor) -> Tensor:
