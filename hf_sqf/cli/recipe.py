@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ..hub.card import package_version
 from ..runtime.sqf_config import SQFConfig
 from .compressing import compress, sqf_config
 from .folders import refuse_overwriting
@@ -27,7 +28,7 @@ _OPTIONS = {f.name for f in fields(SQFConfig)} - {
     "statistics",
 }
 _EVALUATION = {"dataset", "samples", "context"}
-_PACKAGES = ("hf-sqf", "torch", "transformers", "numba")
+_PACKAGES = ("torch", "transformers", "numba")
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def run(recipe: Recipe, force: bool = False) -> list[Row]:
 
 
 def _write(out: Path, recipe: Recipe, folders: list[Path], rows: list[Row]) -> None:
-    made = f"{date.today()}, Python {platform.python_version()}, "
+    made = f"{date.today()}, Python {platform.python_version()}, hf-sqf {package_version()}, "
     made += ", ".join(f"{name} {version(name)}" for name in _PACKAGES) + f", {platform.machine()}"
     asked = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
     (out / "table.json").write_text(json.dumps({"made": made, "recipe": asked, "rows": rows}, indent=1) + "\n", "utf-8")

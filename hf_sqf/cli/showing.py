@@ -73,7 +73,7 @@ def show_inspected(out: Console, folder: Path, figures: dict[str, Any], each_wei
     for name, rows in groups:
         count = sum(row["parameters"] for row in rows)
         zeros = sum(row["sparsity"] * row["parameters"] for row in rows) / count
-        bar = "█" * round(_BAR * widths[name] / max(widths.values()))
+        bar = ("#" if out.options.ascii_only else "█") * round(_BAR * widths[name] / max(widths.values()))
         table.add_row(name, f"{count:,}", f"{zeros:.1%}", f"{widths[name]:.3f}", bar)
     out.print(table)
 
