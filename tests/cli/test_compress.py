@@ -150,8 +150,7 @@ def test_a_folder_that_cannot_take_its_name_leaves_the_old_one(tmp_path: Path, m
     assert [path.name for path in out.iterdir()] == ["old"] and list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130)])
-def test_an_interrupt_leaves_nothing(number: int, code: int, minilm: Path, tmp_path: Path):
+def test_an_interrupt_leaves_nothing(minilm: Path, tmp_path: Path):
     """Ctrl-C while weights are compressed, by all structures in turn, which takes minutes."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     arguments = [*command_line(), "compress", str(minilm), str(tmp_path / "small"), "--bits", "3"]
@@ -161,8 +160,8 @@ def test_an_interrupt_leaves_nothing(number: int, code: int, minilm: Path, tmp_p
         while b"Compressing weights" not in said and running.poll() is None:
             said += os.read(running.stderr.fileno(), 4096)
         assert [path.name for path in tmp_path.iterdir()] == [f".small.{running.pid}.part"]
-        running.send_signal(number)
+        running.send_signal(signal.SIGINT)
         _, rest = running.communicate(timeout=120)
-    assert running.returncode == code, rest.decode()
+    assert running.returncode == 130, rest.decode()
     assert b"Traceback" not in rest and rest.rstrip().endswith(b"hf-sqf: interrupted")
     assert list(tmp_path.iterdir()) == []
