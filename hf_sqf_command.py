@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -119,8 +118,10 @@ def everywhere(
     Exit codes: 1 after an error, 2 after one of usage, 130 after Ctrl-C.
     """
     ctx.obj = Asked(debug, quiet)
-    if quiet:  # before the libraries are imported, which read it then
-        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    if quiet:
+        from hf_sqf.cli.showing import silence
+
+        silence()
 
 
 @contextmanager

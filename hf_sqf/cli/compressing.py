@@ -79,11 +79,12 @@ def compress(
     """
     refuse_overwriting(out, force, model)
     loads = auto_class_for(ordinary_config(model), auto_class)
+    source = beside_weights(model)
+    base_card = card_of(source)
     with whole_folder(out) as folder:
         compressed = loads.from_pretrained(model, quantization_config=config, dtype=dtype)  # type: ignore[attr-defined]
         compressed.save_pretrained(folder)
-        source = beside_weights(model)
-        write_card(folder, out.name, card_of(source))
+        write_card(folder, out.resolve().name, base_card)
         carry_files(source, folder)
         size = file_bytes(folder)
     coverage = compressed.config.quantization_config.coverage

@@ -35,6 +35,7 @@ def refuse_overwriting(out: Path, force: bool, source: str | Path | None = None)
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """Give a new folder beside ``out`` to write to, which takes its name at the end, or is removed after an error."""
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     part, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
     part.mkdir()
@@ -48,5 +49,6 @@ def whole_folder(out: Path) -> Iterator[Path]:
             old.rename(out)
         raise
     finally:
-        shutil.rmtree(part, ignore_errors=True)  # gone already, if all went well
-        shutil.rmtree(old, ignore_errors=True)
+        for left in (part, old):
+            if left.exists():
+                shutil.rmtree(left)

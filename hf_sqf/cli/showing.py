@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
+from transformers.utils import logging as transformers_logging
 
 from ..hub.card import megabytes
 from ..runtime.sqf_size import SizeReport, size_report
@@ -26,6 +28,13 @@ COLUMNS = {
     "original_perplexity": {"kl": "original's"},
 }
 """Figure of a fidelity check -> metric -> heading."""
+
+
+def silence() -> None:
+    """Have the libraries print no bars and no warnings."""
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # huggingface_hub's, too
 
 
 def console(quiet: bool = False) -> Console:

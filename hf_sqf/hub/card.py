@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers.modelcard import TASK_MAPPING
+from transformers.models.auto import modeling_auto
 
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_modules import SUFFIX
@@ -92,6 +94,7 @@ def auto_class(architecture: str) -> str:
     return known_auto_class(architecture) or "AutoModel"
 
 
+@cache
 def known_auto_class(architecture: str) -> str | None:
     """Return the Auto class in whose table an architecture stands, or None.
 
@@ -104,7 +107,7 @@ def known_auto_class(architecture: str) -> str | None:
     elif task == "ConditionalGeneration":
         task = "Seq2SeqLM"
     like_it = f"AutoModelFor{task}" if found else "AutoModel"
-    classes = sorted(name for name in dir(transformers) if name.startswith("AutoModel"))
+    classes = sorted(name for name in dir(modeling_auto) if name.startswith("AutoModel"))
     for name in [like_it, *(name for name in classes if name != like_it)]:
         if name in classes and architecture in _architectures(name):
             return name
@@ -113,7 +116,7 @@ def known_auto_class(architecture: str) -> str | None:
 
 def _architectures(auto_class: str) -> set[str]:
     """Return what an Auto class can load, without importing any of it."""
-    table = getattr(getattr(transformers, auto_class), "_model_mapping", None)
+    table = getattr(getattr(modeling_auto, auto_class), "_model_mapping", None)
     names = [] if table is None else table._model_mapping.values()  # type of config -> one name or several
     return {name for entry in names for name in ((entry,) if isinstance(entry, str) else entry)}
 

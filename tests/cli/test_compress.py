@@ -1,5 +1,6 @@
 """hf-sqf compress: what is written, what is refused before any work, and that nothing is left half-written."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -106,6 +107,13 @@ def test_errors_are_one_sentence(original: Path, shrunk: Path, typed, tmp_path: 
     one_sentence(typed("compress", original, "out", "--target-size", "1kB", *QUICK, code=1), "cannot be reached")
     assert "holds no text" in typed("compress", original, "out", "--dataset", "empty.txt", code=2).stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_data_sets_of_the_hub_take_their_package(original: Path, typed, monkeypatch: pytest.MonkeyPatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "datasets" else find(name))
+    done = typed("compress", original, "out", "--dataset", "owner/texts", code=1)
+    one_sentence(done, "owner/texts is no file here", "pip install 'hf-sqf[data]'")
 
 
 def test_debug_shows_where(original: Path, typed):

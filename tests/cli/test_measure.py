@@ -65,7 +65,7 @@ def test_record_writes_config_and_card(shrunk: Path, original: Path, texts: Path
 def test_compare_shows_a_line_a_model(shrunk: Path, coarse: Path, original: Path, texts: Path, typed, tmp_path: Path):
     arguments = ("compare", shrunk, coarse, "--against", original, "--dataset", texts)
     for picture in ("sizes.png", "sizes.svg") if importlib.util.find_spec("matplotlib") else ():
-        typed(*arguments, "--plot", picture, "--quiet")
+        typed(*arguments, "--plot", picture)
         head = (tmp_path / picture).read_bytes()[:400]
         assert head.startswith(b"\x89PNG") if picture.endswith("png") else b"<svg" in head
     fine, rough = json.loads(typed(*arguments, "--json").stdout)

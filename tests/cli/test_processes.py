@@ -1,7 +1,11 @@
-"""Every command once as a user starts it: a process of its own, with a Hub to talk to."""
+"""Every command once as a user starts it: a process of its own, with a Hub to talk to.
+
+Each process imports torch and transformers, which takes seconds; those of the README run with the slow tests.
+"""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,7 @@ def commands_of_readme() -> list[list[str]]:
     return [line.split() for line in re.findall(r"^hf-sqf (.*)", section, flags=re.MULTILINE)]
 
 
+@pytest.mark.slow
 def test_what_the_readme_types(hub: HubServer, minilm: Path, process, tmp_path: Path):
     """As it stands there, the id on the Hub too, under which a Hub on loopback has the packaged model."""
     repo = hub.repos["sentence-transformers/all-MiniLM-L6-v2"] = Repo()
@@ -68,8 +73,6 @@ def test_compare_and_run(shrunk: Path, original: Path, texts: Path, process, tmp
 
 def test_a_push_that_is_refused(hub: HubServer, shrunk: Path, typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Refused for its recorded fidelity, before the Hub is asked anything."""
-    import shutil
-
     shutil.copytree(shrunk, tmp_path / "small")
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     config["quantization_config"]["fidelity"] = {"metric": "kl", "value": 2.0}

@@ -52,7 +52,7 @@ def test_names_and_several_evaluations(original: Path, texts: Path, typed, tmp_p
         "fidelity"
     ]
     assert fidelity["name"] == "texts.txt"
-    typed("run", "mine.yaml", "--force", "--quiet")
+    typed("run", "mine.yaml", "--force")
 
 
 GOOD = {"model": "m", "out": "results", "compressions": [{"bits": 4}]}
