@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -183,7 +183,8 @@ def compress(
     context: Annotated[int | None, typer.Option(show_default="512", help="Tokens of an input, at most.")] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
     dtype: Annotated[
-        str, typer.Option(help="Load the weights as float32, bfloat16 or float16; auto: as they are saved.")
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Load the weights in this type; auto: as they are saved."),
     ] = "auto",
     auto_class: Annotated[
         str | None,
@@ -209,8 +210,6 @@ def compress(
         raise typer.BadParameter("give --trellis or --no-trellis, not both")
     if dataset is None and (samples is not None or context is not None):
         raise typer.BadParameter("--samples and --context are of calibration data: give --dataset, too")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype}")
     from hf_sqf.cli.compressing import compress as run_compress
     from hf_sqf.cli.compressing import sqf_config
 
@@ -327,8 +326,8 @@ def verify(ctx: typer.Context, folder: FolderOrRepo, revision: Revision = None, 
     faults = run_verify(folder, revision)
     if as_json:
         give([asdict(fault) for fault in faults])
-    for fault in [] if as_json else faults:
-        say(ctx, fault)
+    else:
+        typer.echo("\n".join(map(str, faults)), nl=bool(faults))
     if faults:
         raise typer.Exit(1)
     if not as_json:
@@ -344,8 +343,7 @@ def export(
         bool, typer.Option("--gguf-ready", help="float16, which llama.cpp's convert_hf_to_gguf.py takes best.")
     ] = False,
     dtype: Annotated[
-        str | None,
-        typer.Option(show_default="as it was saved", help="float32, float16 or bfloat16."),
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(show_default="as it was saved")
     ] = None,
     force: Force = False,
 ) -> None:
@@ -357,8 +355,6 @@ def export(
     """
     if gguf_ready and dtype not in (None, "float16"):
         raise typer.BadParameter(f"--gguf-ready means float16, and --dtype says {dtype}")
-    if dtype not in (None, "float32", "float16", "bfloat16"):
-        raise typer.BadParameter(f"--dtype must be float32, float16 or bfloat16, got {dtype}")
     from hf_sqf.cli.folders import refuse_overwriting, whole_folder
     from hf_sqf.hub import export as run_export
 

@@ -81,7 +81,7 @@ def test_calibration_data(kind: str, original: Path, texts: Path, typed, tmp_pat
         (("--bits", 99), "bits must be a number in (0, 16]"),
         (("--structure", "magic"), "structure must be"),
         (("--samples", 9), "give --dataset"),
-        (("--dtype", "int3"), "--dtype must be"),
+        (("--dtype", "int3"), "is not one of 'auto', 'float32'"),
         (("--nonsense",), "No such option"),
     ],
 )
