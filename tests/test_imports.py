@@ -2,7 +2,8 @@
 
     cli -> hub -> report, training -> compress -> runtime
 
-``hf_sqf/__init__.py`` collects the public names and stands above all; nothing in the package imports it.
+``hf_sqf/__init__.py`` collects the public names and stands above all; nothing in the package imports it. What can be
+typed on the command line is declared beside the package, in ``hf_sqf_command``, whose commands import from above.
 """
 
 import ast
@@ -16,7 +17,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hf_sqf"
 RUNTIME = PACKAGE / "runtime"
-RANK = {"runtime": 0, "compress": 1, "training": 2, "report": 2, "hub": 3, "cli": 4, "__init__": 5}
+RANK = {"runtime": 0, "compress": 1, "training": 2, "report": 2, "hub": 3, "cli": 4, "__init__": 5, "__main__": 5}
 TRAVELS_WITH = {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "accelerate"}
 IF_PRESENT = {"numba", "llvmlite"}  # the second comes with the first
 
@@ -118,12 +119,13 @@ def test_runtime_imports_nothing_outside_itself(path: Path):
         ("compress", "import hf_sqf", 1),
         ("compress", "def f():\n    import hf_sqf.cli", 1),
         ("report", "from ..hub import card", 1),
-        ("cli", "from .compress import model\nfrom .hub import card", 0),
+        ("cli", "from ..compress import model\nfrom ..hub import card\nfrom .folders import whole_folder", 0),
+        ("cli", "from .. import size_report", 1),
+        ("hub", "from ..cli import originals", 1),
     ],
 )
 def test_wrong_directions_are_found(part: str, source: str, count: int):
-    package = "hf_sqf" if part == "cli" else f"hf_sqf.{part}"
-    assert len(direction_faults(source, package, part)) == count
+    assert len(direction_faults(source, f"hf_sqf.{part}", part)) == count
 
 
 @pytest.mark.parametrize(
@@ -144,6 +146,21 @@ def test_wrong_directions_are_found(part: str, source: str, count: int):
 )
 def test_wrong_runtime_imports_are_found(source: str, count: int):
     assert len(runtime_faults(source)) == count
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if p.relative_to(PACKAGE).parts[0] != "cli"], ids=relative)
+def test_only_the_command_line_needs_its_libraries(path: Path):
+    package = ".".join(("hf_sqf", *path.relative_to(PACKAGE).parent.parts))
+    roots = {name.split(".")[0] for name, _, _ in imported(path.read_text(encoding="utf-8"), package)}
+    assert not roots & {"typer", "rich", "yaml", "matplotlib"}
+
+
+def test_help_waits_for_no_heavy_import():
+    """Whatever stands at the top of the command line's module is imported for ``hf-sqf --help``."""
+    tree = ast.parse((PACKAGE.parent / "hf_sqf_command.py").read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    roots = {name.split(".")[0] for name, _, _ in imported(ast.unparse(tree), "")}
+    assert roots - sys.stdlib_module_names == {"typer"}
 
 
 def test_runtime_runs_from_a_copy(tmp_path: Path):

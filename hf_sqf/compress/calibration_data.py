@@ -122,10 +122,10 @@ def encode(
         context = min(context, max(len(ids) // HELD_OUT, 2))  # short texts make shorter inputs, enough to hold one out
         pieces = [ids[at : at + context] for at in range(0, len(ids), context)]
         pieces = [p for p in pieces if len(p) == context]
-        rows = [torch.tensor(piece)[None] for piece in _spread(pieces, samples)]
+        rows = [torch.tensor(piece)[None] for piece in spread(pieces, samples)]
         decoder = model.config.is_encoder_decoder
         return [{"input_ids": r, "decoder_input_ids": r} if decoder else {"input_ids": r} for r in rows]
-    some = _spread(list(itertools.islice((t for t in source if t.strip()), _LOOK * samples)), samples)
+    some = spread(list(itertools.islice((t for t in source if t.strip()), _LOOK * samples)), samples)
     encoded: list[Batch] = [
         dict(tokenizer(text, truncation=True, max_length=context, return_tensors="pt")) for text in some
     ]
@@ -176,7 +176,7 @@ def _peek(items: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     return head, itertools.chain([head], iterator)
 
 
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
+def spread(items: Sequence[Any], count: int) -> list[Any]:
     """Return ``count`` of the items, evenly spread."""
     if len(items) <= count:
         return list(items)

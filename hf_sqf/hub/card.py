@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers.modelcard import TASK_MAPPING
+from transformers.models.auto import modeling_auto
 
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_modules import SUFFIX
-from ..runtime.sqf_size import entry_bytes, header_of
+from ..runtime.sqf_size import entry_bytes, file_bytes, header_of
 
 MARKER = "<!-- Written by hf_sqf, which renews it. Remove this line to keep your changes. -->"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -89,13 +91,34 @@ def base_card_of(name: str, local_files_only: bool = False) -> ModelCard | None:
 
 def auto_class(architecture: str) -> str:
     """Return the Auto class that loads an architecture: LlamaForCausalLM -> AutoModelForCausalLM."""
+    return known_auto_class(architecture) or "AutoModel"
+
+
+@cache
+def known_auto_class(architecture: str) -> str | None:
+    """Return the Auto class in whose table an architecture stands, or None.
+
+    Where it stands in several, the one that is called like it counts: BertForMaskedLM is in the table of
+    AutoModelForPreTraining, too.
+    """
     _, found, task = architecture.partition("For")
     if architecture.endswith(("LMHeadModel", "LMHead")):
         found, task = "For", "CausalLM"
     elif task == "ConditionalGeneration":
         task = "Seq2SeqLM"
-    name = f"AutoModelFor{task}"
-    return name if found and hasattr(transformers, name) else "AutoModel"
+    like_it = f"AutoModelFor{task}" if found else "AutoModel"
+    classes = sorted(name for name in dir(modeling_auto) if name.startswith("AutoModel"))
+    for name in [like_it, *(name for name in classes if name != like_it)]:
+        if name in classes and architecture in _architectures(name):
+            return name
+    return None
+
+
+def _architectures(auto_class: str) -> set[str]:
+    """Return what an Auto class can load, without importing any of it."""
+    table = getattr(getattr(modeling_auto, auto_class), "_model_mapping", None)
+    names = [] if table is None else table._model_mapping.values()  # type of config -> one name or several
+    return {name for entry in names for name in ((entry,) if isinstance(entry, str) else entry)}
 
 
 def package_version() -> str:
@@ -153,8 +176,7 @@ def _results(config: SQFConfig, task: str) -> Iterator[EvalResult]:
 
 
 def _facts(folder: Path, config: SQFConfig, dtype: str) -> dict[str, Any]:
-    after = sum(file.stat().st_size for pattern in ("*.safetensors", "*.safetensors.index.json")
-                for file in folder.glob(pattern))  # fmt: skip
+    after = file_bytes(folder)
     packed = 0  # as size_report counts, which would decode every weight to say more
     for file in folder.glob("*.safetensors"):
         for name, entry in header_of(file).items():
@@ -167,8 +189,8 @@ def _facts(folder: Path, config: SQFConfig, dtype: str) -> dict[str, Any]:
     return {
         "dtype": dtype,
         "bits_before": 8 * size,
-        "size_before": _megabytes(total * size),
-        "size_after": _megabytes(after),
+        "size_before": megabytes(total * size),
+        "size_after": megabytes(after),
         "ratio": f"{total * size / after:.1f}" if after else "?",
         "bits": f"{8 * packed / compressed:.3f}" if compressed else "?",
         "coverage": f"{100 * compressed / total:.2f} % of {total:,}" if total else "?",
@@ -176,5 +198,6 @@ def _facts(folder: Path, config: SQFConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _megabytes(size: int) -> str:
+def megabytes(size: int) -> str:
+    """Return a size in bytes as text, in units of 10^6 or 10^9."""
     return f"{size / 1e6:,.2f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"

@@ -63,9 +63,9 @@ def check(
     if inputs is None:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context
         context = min(context, limit)
-        tokenizer = tokenizer or _tokenizer(where or str(original.name_or_path))
+        tokenizer = tokenizer or tokenizer_of(where or str(original.name_or_path))
         if tokenizer is not None and model.main_input_name == "input_ids":
-            inputs = text_inputs(tokenizer, default_texts() if texts is None else texts, context, model)
+            inputs = list(text_inputs(tokenizer, default_texts() if texts is None else texts, context, model))
             name = name or (TEXTS if texts is None else "texts given by hand")
         elif texts is not None:
             raise ValueError("texts need a tokenizer, and none lies with the original; give tokenizer=")
@@ -133,11 +133,12 @@ def _load(model: PreTrainedModel, where: str) -> PreTrainedModel:
     return original
 
 
-def _tokenizer(where: str) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(where: str, local_files_only: bool = True) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that lies with a model, in its folder or under its id on the Hub, or None."""
     if not where:
         return None
     # Where there is none, transformers makes one up for many kinds of models, with special tokens and nothing else.
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if cached_file(where, "tokenizer_config.json", local_files_only=True, **quiet) is None:
+    if cached_file(where, "tokenizer_config.json", local_files_only=local_files_only, **quiet) is None:
         return None
-    return AutoTokenizer.from_pretrained(where, local_files_only=True)
+    return AutoTokenizer.from_pretrained(where, local_files_only=local_files_only)

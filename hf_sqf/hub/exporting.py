@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_quantizer import SQFQuantizer
+from .fetching import folder_of
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,6 +41,7 @@ def export(
 
     Raises:
         ValueError: the dtype is unknown, or the model is not compressed.
+        FileNotFoundError: there is no such folder or repository.
         FileExistsError: ``out`` has something in it.
     """
     if dtype is not None and dtype not in _DTYPES:
@@ -48,9 +49,7 @@ def export(
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty")
-    folder = Path(folder_or_repo)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(folder_or_repo), revision=revision, token=token))
+    folder = folder_of(folder_or_repo, revision, token)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config", {}).get("quant_method") != "sqf":
         raise ValueError(f"{folder} does not hold a model compressed by hf_sqf")

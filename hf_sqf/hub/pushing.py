@@ -62,7 +62,7 @@ def push(
     model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = SQFConfig.from_dict(model_config["quantization_config"])
     if (reason := judge(config)) and not force:
-        remedy = "give it more bits, loosen the limit in its SQFConfig, or pass force=True"
+        remedy = "give it more bits, loosen the limit in its SQFConfig, or force it"
         raise Unfaithful(f"not pushed: {reason}; {remedy}")
     api = HfApi(library_name="hf_sqf", library_version=package_version(), token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging as transformers_logging
 
 from .. import runtime
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_container import unpack
 from ..runtime.sqf_modules import SUFFIX
+from .fetching import folder_of
 
 RUNTIME = Path(runtime.__file__).parent
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
@@ -54,12 +55,10 @@ def verify(folder_or_repo: str | Path, revision: str | None = None, token: bool 
         What differs; nothing if all is well.
 
     Raises:
-        FileNotFoundError: there is no config.json.
+        FileNotFoundError: there is no such folder or repository, or no config.json in it.
         ValueError: config.json does not describe a compressed model.
     """
-    folder = Path(folder_or_repo)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(folder_or_repo), revision=revision, token=token))
+    folder = folder_of(folder_or_repo, revision, token)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     asked = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(asked, dict) or asked.get("quant_method") != "sqf":
@@ -110,7 +109,8 @@ def _weight_faults(folder: Path, asked: dict[str, object]) -> Iterator[Fault]:
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 (not a dictionary)
+                # A bar after two seconds: large weights take their time to decode.
+                for key in transformers_logging.tqdm(opened.keys(), desc=f"Checking {file.name}", delay=2.0):
                     if key.endswith(SUFFIX):
                         count += 1
                         yield from _tensor_faults(f"{file.name}: {key}", opened.get_tensor(key))

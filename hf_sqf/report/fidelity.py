@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 Inputs = Mapping[str, Tensor]
 """Keyword arguments of a model's forward, a batch of them."""
@@ -89,7 +90,8 @@ def compare(model: PreTrainedModel, original: PreTrainedModel, batches: Iterable
     modes = model.training, original.training
     model.eval(), original.eval()
     sums = _Sums(causal=original.can_generate() and not original.config.is_encoder_decoder)
-    for batch in batches:
+    # A bar after two seconds, with the time left where the number of batches is known.
+    for batch in transformers_logging.tqdm(batches, desc="Comparing with the original", delay=2.0):
         outputs = [m(**{name: t.to(m.device) for name, t in batch.items()}) for m in (original, model)]
         mask = batch.get("attention_mask")
         if "logits" in outputs[0]:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging as transformers_logging
 
 from .sqf_codec import ideal_bits
 from .sqf_container import TermHeader, records
@@ -130,13 +131,20 @@ def _report_folder(folder: Path) -> SizeReport:
     rows = []
     for file in files:
         with safe_open(file, "pt") as tensors:
-            for name, entry in header_of(file).items():
+            entries = header_of(file)
+            # A bar after two seconds: large weights take their time to decode.
+            for name in transformers_logging.tqdm(entries, desc=f"Reading {file.name}", delay=2.0):
+                entry = entries[name]
                 if name.endswith(SUFFIX) and entry["dtype"] == "U8":
                     rows.append(_row(name, tensors.get_tensor(name), entry, str(file)))
                 else:
                     rows.append(_dense_row(name, entry))
-    total = sum(file.stat().st_size for file in (*files, *folder.glob("*.safetensors.index.json")))
-    return _close(total, rows)
+    return _close(file_bytes(folder), rows)
+
+
+def file_bytes(folder: Path) -> int:
+    """Return what the files of safetensors in a folder take, with the index if there is one."""
+    return sum(file.stat().st_size for kind in ("", ".index.json") for file in folder.glob("*.safetensors" + kind))
 
 
 def header_of(file: Path) -> dict[str, dict[str, Any]]:

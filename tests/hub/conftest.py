@@ -26,6 +26,22 @@ def hub() -> Iterator[HubServer]:
     server.stop()
 
 
+def environment(hub: HubServer, home: Path, token: str | None = OWNER_TOKEN) -> dict[str, str]:
+    """The variables of a process that is to talk to this Hub; ``home`` is its cache."""
+    foreign = ("HF_", "HUGGING", "SQF_", "TRANSFORMERS_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    kept |= {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return kept if token is None else kept | {"HF_TOKEN": token}
+
+
 @pytest.fixture
 def run(hub: HubServer, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a program in a process of its own: run(source, *arguments, token=, home=, env=).
@@ -42,24 +58,10 @@ def run(hub: HubServer, tmp_path: Path) -> Callable[..., subprocess.CompletedPro
         fails: bool = False,
         **env: str,
     ) -> subprocess.CompletedProcess[str]:
-        foreign = ("HF_", "HUGGING", "SQF_", "TRANSFORMERS_")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-        kept |= {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "PYTHONPATH": str(ROOT),
-        }
-        if token is not None:
-            kept["HF_TOKEN"] = token
-        kept |= env
         done = subprocess.run(
             [sys.executable, "-c", source, *arguments],
             cwd=tmp_path,
-            env=kept,
+            env=environment(hub, tmp_path / home, token) | env,
             capture_output=True,
             text=True,
             timeout=300,

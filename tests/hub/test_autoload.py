@@ -1,6 +1,7 @@
 """The entry point: harmless, fast, and easy to switch off."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -39,6 +40,20 @@ def test_costs_less_than_five_milliseconds():
         runs.append(json.loads(done.stdout))
     assert min(spent for spent, _ in runs) < 0.005
     assert not {"torch", "transformers", "hf_sqf", "numpy"} & {name.split(".")[0] for name in runs[0][1]}
+
+
+@pytest.mark.parametrize(("variable", "watching"), [(None, True), ("TORCH_DEVICE_BACKEND_AUTOLOAD", False)])
+def test_torch_calls_it_unless_its_switch_is_off(variable: str | None, watching: bool):
+    """The entry point itself, as ``import torch`` finds it; torch's switch is that of all its plugins."""
+    switches = (hf_sqf_autoload.SWITCH, "TORCH_DEVICE_BACKEND_AUTOLOAD")
+    env = {name: value for name, value in os.environ.items() if name not in switches}
+    program = "import sys, torch; print(any(type(f).__module__ == 'hf_sqf_autoload' for f in sys.meta_path))"
+    if variable is not None:
+        env[variable] = "0"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(watching)
 
 
 @pytest.mark.parametrize("value", ["0", "false", "No", "off"])

@@ -1,0 +1,99 @@
+"""``hf-sqf evaluate`` and ``compare``: compressed models beside their original, on the same texts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import AutoConfig, PreTrainedModel
+
+from ..compress.calibration_data import spread
+from ..hub.card import write_card
+from ..hub.checking import CONTEXT, check, tokenizer_of
+from ..hub.fetching import folder_of
+from ..runtime.sqf_size import file_bytes
+from .originals import auto_class_for, beside_weights, card_of, ordinary_config
+from .texts import read_texts
+
+Row = dict[str, Any]
+"""One model's figures: ``model``, ``bytes``, ``bits_per_weight``, and what :func:`hf_sqf.hub.check` measures."""
+
+
+def evaluate(
+    models: Iterable[str],
+    against: str,
+    dataset: Path | None = None,
+    samples: int | None = None,
+    context: int | None = None,
+    record: bool = False,
+) -> list[Row]:
+    """Measure how far compressed models lie from the original that they were all made from.
+
+    Args:
+        models: folders or ids on the Hub.
+        against: the original's folder or id.
+        dataset: texts, one a line; by default prose that comes with Python, and random inputs for models that no
+            tokenizer comes with.
+        samples: how many of the texts, evenly spread; by default all.
+        context: tokens of each text.
+        record: write the result into each folder's config.json and card.
+
+    Raises:
+        ValueError: one of them is not compressed, the original is, or an output is not finite.
+    """
+    models = list(models)
+    if record and (repos := [model for model in models if not Path(model).is_dir()]):
+        raise ValueError(f"results are recorded in folders, and {repos[0]} is none")
+    ordinary_config(against)
+    texts = None if dataset is None else read_texts(dataset)
+    if texts is not None and samples is not None:
+        texts = spread(texts, samples)
+    name = None if dataset is None else dataset.name
+    originals: dict[tuple[type, str], PreTrainedModel] = {}
+    rows = []
+    for model in models:
+        folder = folder_of(model)
+        compressed = load_compressed(folder)
+        native = getattr(type(compressed), "sqf_native", type(compressed))
+        key = native, str(compressed.dtype)
+        if key not in originals:
+            originals[key] = native.from_pretrained(against, dtype=compressed.dtype)
+        tokenizer = tokenizer_of(against, local_files_only=False) or tokenizer_of(str(folder))
+        found = check(compressed, originals[key], texts, tokenizer, name=name, context=context or CONTEXT)
+        if record:
+            record_fidelity(folder, found, card_of(beside_weights(against)))
+        bits = compressed.config.quantization_config.coverage["bits"]
+        rows.append({"model": model, "bytes": file_bytes(folder), "bits_per_weight": bits, **found})
+    return rows
+
+
+def load_compressed(folder: Path) -> PreTrainedModel:
+    """Return the model in a folder.
+
+    Raises:
+        ValueError: it is not compressed by hf_sqf.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    asked = getattr(config, "quantization_config", None)
+    if asked is None or asked.get("quant_method") != "sqf":
+        raise ValueError(f"{folder} does not hold a model compressed by hf_sqf")
+    loads: Any = auto_class_for(config)
+    return loads.from_pretrained(folder)
+
+
+def record_fidelity(folder: Path, found: dict[str, Any], base_card: ModelCard | None = None) -> None:
+    """Write the result of a fidelity check into a folder's config.json, and renew its card.
+
+    ``base_card`` is the original's; see :func:`hf_sqf.hub.write_card`.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"]["fidelity"] = found
+    part = path.with_name(f".config.json.{os.getpid()}.part")
+    part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    part.replace(path)
+    write_card(folder, base_card=base_card)
