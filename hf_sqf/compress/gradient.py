@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .projections import Projection
 from .solution import Status
+from .spectrum import largest_eigenvalue, pseudo_inverse
 
 Inner = Callable[[Tensor, Tensor, Tensor, Projection, "Tensor | None"], Tensor]
 """A step on the codes: (X, Z, D, P_Z, H) -> Z."""
@@ -82,14 +83,14 @@ def lipschitz(moments: Tensor) -> Tensor:
     if moments.dim() == 1:
         return moments
     scale = moments.diagonal().clamp_min(torch.finfo(moments.dtype).tiny).sqrt()
-    largest = torch.linalg.eigvalsh(moments / (scale * scale[:, None]))[-1]
+    largest = largest_eigenvalue(moments / (scale * scale[:, None]))
     return moments.diagonal() * largest.clamp_min(1.0)
 
 
 def gradient_step(x: Tensor, codes: Tensor, dictionary: Tensor, P_Z: Projection, H: Tensor | None) -> Tensor:
     """Return ``P_Z(Z - df/dZ / L)``."""
     weighted = weigh(dictionary, H)  # D H
-    largest = torch.linalg.eigvalsh(weighted @ dictionary.T)[-1]
+    largest = largest_eigenvalue(weighted @ dictionary.T)
     if float(largest) <= 0.0:
         return P_Z(codes)
     return P_Z(codes + (x - multiply(codes, dictionary)) @ weighted.T / largest)
@@ -98,7 +99,7 @@ def gradient_step(x: Tensor, codes: Tensor, dictionary: Tensor, P_Z: Projection,
 def least_squares_codes(x: Tensor, dictionary: Tensor, H: Tensor | None) -> Tensor:
     """Return the codes without constraint that minimise f over a dictionary that stays, (m, K)."""
     weighted = weigh(dictionary, H)
-    return x @ weighted.T @ torch.linalg.pinv(weighted @ dictionary.T, hermitian=True)
+    return x @ weighted.T @ pseudo_inverse(weighted @ dictionary.T)
 
 
 def nearest_atom(x: Tensor, codes: Tensor, dictionary: Tensor, P_Z: Projection, H: Tensor | None) -> Tensor:
@@ -114,7 +115,7 @@ def dictionary_step(x: Tensor, codes: Tensor, dictionary: Tensor, P_D: Projectio
     atoms = dictionary.shape[0]
     constant = lipschitz(gram(codes, atoms))
     if H is not None:
-        constant = constant * torch.linalg.eigvalsh(H)[-1]
+        constant = constant * largest_eigenvalue(H)
     descent = weigh(correlate(codes, x - multiply(codes, dictionary), atoms), H)
     return P_D(dictionary + torch.where(constant > 0, 1.0 / constant, 0.0)[:, None] * descent)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .spectrum import eigh
+
 
 def principal_of_moments(moments: Tensor, lower: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the right singular vectors of X in the metric H = L L^T, and the squared singular values.
@@ -18,7 +20,7 @@ def principal_of_moments(moments: Tensor, lower: Tensor | None) -> tuple[Tensor,
     Returns:
         D (n, n), atoms as rows with ``D H D^T = I``, and s^2 (n,), both from the largest s on.
     """
-    power, vectors = torch.linalg.eigh(moments if lower is None else lower.T @ moments @ lower)
+    power, vectors = eigh(moments if lower is None else lower.T @ moments @ lower)
     atoms = vectors.T.flip(0)
     if lower is not None:
         atoms = torch.linalg.solve_triangular(lower, atoms, upper=False, left=False)
@@ -27,7 +29,7 @@ def principal_of_moments(moments: Tensor, lower: Tensor | None) -> tuple[Tensor,
 
 def principal_of_rows(x: Tensor, H: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the same for a wide X (m, n), m < n, of whose atoms at most m have any power: D (m, n), s^2 (m,)."""
-    power, vectors = torch.linalg.eigh(x @ x.T if H is None else x @ H @ x.T)
+    power, vectors = eigh(x @ x.T if H is None else x @ H @ x.T)
     power = power.flip(0).clamp_min(0.0)
     floor = power[0] * len(x) * torch.finfo(x.dtype).eps
     atoms = (vectors.T.flip(0) @ x) * torch.where(power > floor, power, torch.inf).rsqrt()[:, None]

@@ -57,6 +57,7 @@ def test_auto_compares_on_a_sample_of_large_weights(name, step, monkeypatch):
     problem = Problem(weight, Metric.relative(weight), step)
     whole = solve_auto(problem)
     monkeypatch.setattr(auto, "SAMPLE", weight.numel() // 4)
+    monkeypatch.setattr(auto, "ROWS_TO_COLUMNS", 0)
     sampled = solve_auto(problem)
     assert sampled.factors.shape == tuple(weight.shape)
     assert sampled.cost(step) <= whole.cost(step) * 1.02
