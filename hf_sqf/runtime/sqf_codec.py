@@ -45,6 +45,10 @@ def _grids(trellis: int) -> tuple[int, ...]:
     return (Q0, Q1) if trellis else (INTEGERS,)
 
 
+def _class(value: int) -> int:
+    return min(max(value, 0), CLASSES - 1)
+
+
 def _contexts(plan: Plan, row_prior: np.ndarray, col_prior: np.ndarray, trellis: int) -> Contexts:
     """The contexts that a plan means; the tables span the classes that occur."""
     rows, cols = plan.base - row_prior, -col_prior
@@ -52,10 +56,10 @@ def _contexts(plan: Plan, row_prior: np.ndarray, col_prior: np.ndarray, trellis:
         rows = rows + plan.row_spread
     if plan.col_spread is not None:
         cols = cols + plan.col_spread
-    lowest, highest = (int(np.clip(f(rows) + f(cols), 0, CLASSES - 1)) for f in (np.min, np.max))
-    classes = np.arange(lowest, highest + 1)
+    lowest, highest = (_class(int(r) + int(c)) for r, c in ((rows.min(), cols.min()), (rows.max(), cols.max())))
+    classes = range(lowest, highest + 1)
     table = np.stack([
-        frequencies(model.shape, model.zero, grid)[np.clip(classes + model.offset, 0, CLASSES - 1)]
+        frequencies(model.shape, model.zero, grid)[[_class(c + model.offset) for c in classes]]
         for model, grid in zip(plan.models, _grids(trellis), strict=True)
     ])  # fmt: skip
     rows, cols = (rows - lowest).astype(np.int32), cols.astype(np.int32)
@@ -322,7 +326,8 @@ def _read_plan(reader: Reader, m: int, n: int, flags: int, groups: int) -> Plan:
     for flag, count in ((_ROWS, m), (_COLS, n)):
         spread = None
         if flags & flag:
-            spread = np.clip(decode_integers(reader.block(), (1, count))[0].astype(np.int32), -_FAR, _FAR)
+            spread = decode_integers(reader.block(), (1, count))[0].astype(np.int32)
+            spread = np.minimum(np.maximum(spread, -_FAR), _FAR)
         spreads.append(spread)
     return Plan(base, spreads[0], spreads[1], tuple(models), 0.0)
 
@@ -392,6 +397,6 @@ def _decode_chunk(
 def _check_width(values: np.ndarray, target: np.ndarray) -> None:
     if values.dtype.itemsize <= target.dtype.itemsize:
         return
-    limits = np.iinfo(target.dtype)
-    if values.size and not (limits.min <= int(values.min()) and int(values.max()) <= limits.max):
+    least, most = _LIMITS[_WIDTHS.index(target.dtype)]
+    if values.size and not (least <= int(values.min()) and int(values.max()) <= most):
         raise ValueError("a value does not fit the width of its array")

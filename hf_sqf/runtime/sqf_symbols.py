@@ -203,5 +203,7 @@ def escapes_of(symbols: np.ndarray, count: int, compiled: bool = HAVE_NUMBA) -> 
 
 def escaped_values(planes: bytes | memoryview, count: int, bits: int) -> np.ndarray:
     """Return the escaped values, int64 (count,), that ``planes`` begin with."""
+    if not count:
+        return np.zeros(0, np.int64)
     zigzag = unpack_bits(planes[: packed_size(bits, count)], bits, count)
     return np.where(zigzag & 1, -(zigzag + 1 >> 1), zigzag >> 1)
