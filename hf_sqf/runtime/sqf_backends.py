@@ -49,6 +49,15 @@ def factors_in(data: Tensor, name: str = "weight") -> list[Factors]:
     return [f.to(data.device) for f in matrices]
 
 
+def name_in(data: Tensor, name: str = "weight") -> str:
+    """Return the name that a weight was packed with, from packed or resident bytes.
+
+    Raises:
+        ValueError: the bytes are damaged; names the tensor.
+    """
+    return resident_name(data) if is_resident(data) else weight_name(data, name)
+
+
 _packed_again: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -63,7 +72,7 @@ def packed_bytes(data: Tensor) -> Tensor:
     packed = known[1]() if known is not None and known[0] == _state(data) else None
     if packed is None:
         matrices = [f.to("cpu") for f in resident_factors(data.detach())]
-        packed = pack(matrices, resident_name(data.detach())).to(data.device)
+        packed = pack(matrices, name_in(data.detach())).to(data.device)
         _packed_again[data] = _state(data), weakref.ref(packed)
     return packed
 
@@ -80,8 +89,7 @@ def bytes_for(data: Tensor, runtime: str, name: str = "weight") -> Tensor:
     backend, size = resident_backend(data) if is_resident(data) else ("", data.numel())
     if backend == runtime:
         return data
-    weight = resident_name(data) if is_resident(data) else weight_name(data, name)
-    return lay_out([f.to("cpu") for f in factors_in(data, name)], runtime, size, weight).to(data.device)
+    return lay_out([f.to("cpu") for f in factors_in(data, name)], runtime, size, name_in(data, name)).to(data.device)
 
 
 class Streamed(Running):
