@@ -52,8 +52,9 @@ def _contest(problem: Problem) -> tuple[Solution, Solver]:
     rounders = [nearest_grid, sparse_grid, *([dependent_grid] if problem.trellis else [])]
     found = [(rounder(problem), rounder) for rounder in rounders]
     rounded = problem.least(solution for solution, _ in found)
+    scalar = problem.least(solution for solution, _ in found[:2])  # predictions are for scalar codes
     cuts = blocks_to_ask(problem)
-    for blocks in blocks_that_may_pay(cuts, rounded):
+    for blocks in blocks_that_may_pay(cuts, scalar):
         found += [(solve_two_factor(blocks, name), partial(_two_factor, blocks.width, name)) for name in ALIKE]
     best = problem.least(solution for solution, _ in found)
     whole = next((b for b in cuts if b.count == 1), None) or Blocks(problem)

@@ -83,15 +83,27 @@ def round_along_trellis(
     """
     couplings = None if cholesky is None else interference(cholesky, steps)
     height = chunk_rows(*weight.shape)  # rows do not touch, and the machine starts anew here anyway
-    parts = []
-    for part, scales in zip(weight.split(height), rows.expand(len(weight)).split(height), strict=True):
-        values = part.float() / (scales.float()[:, None] * steps.float())
-        codes, machine = values.round().to(torch.int32).numpy(), 0
-        for following in (FIRST_STATES, states):
-            prices = Prices.of(contexts_of(codes, trellis=machine))
-            codes, machine = _pass(values, couplings, prices, following), following
-        parts.append(narrow(torch.from_numpy(codes)))
-    return torch.cat(parts)
+    scales = rows.expand(len(weight)).split(height)
+    parts = zip(weight.split(height), scales, strict=True)
+    return torch.cat([
+        chunk_along_trellis(part.float() / (scale.float()[:, None] * steps.float()), couplings, states)
+        for part, scale in parts
+    ])  # fmt: skip
+
+
+def chunk_along_trellis(values: Tensor, couplings: Tensor | None, states: int) -> Tensor:
+    """Return fine-grid integers near to ``values`` (m, n) on a path of the machine, (m, n).
+
+    Args:
+        values: in fine steps, float32, of one of the codec's chunks of rows.
+        couplings: of the columns, see :func:`~.rounding.interference`; None where they do not touch.
+        states: of the machine.
+    """
+    codes, machine = values.round().to(torch.int32).numpy(), 0
+    for following in (FIRST_STATES, states):
+        prices = Prices.of(contexts_of(codes, trellis=machine))
+        codes, machine = _pass(values, couplings, prices, following), following
+    return narrow(torch.from_numpy(codes))
 
 
 def _pass(values: Tensor, couplings: Tensor | None, prices: Prices, states: int) -> NDArray[np.int32]:

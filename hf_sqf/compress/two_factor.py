@@ -11,22 +11,24 @@ Steps of atoms are powers of two, hence products of integers exact in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..runtime.sqf_codec import ideal_bits
-from ..runtime.sqf_factors import Factors, Term, log_scale, nearest_log_scale
-from .gradient import Inner, gradient_step, gram, least_squares_codes, nearest_atom, projected_gradient, weigh
+from ..runtime.sqf_codec import chunk_rows, ideal_bits
+from ..runtime.sqf_factors import FINE, Factors, Term, log_scale, nearest_log_scale
+from .dependent import FINE_STEP, chunk_along_trellis
+from .gradient import Descent, Inner, gradient_step, gram, least_squares_codes, nearest_atom, projected_gradient, weigh
 from .grid import RESOLUTION, grid_scales, narrow
 from .metric import Metric
 from .prediction import atoms_that_pay
 from .prices import prices_of, round_at_price
 from .projections import Everything, Grid, OneHot, PricedGrid, Projection, RowSparse, TopK
 from .rate import factors_bits
+from .rounding import interference
 from .solution import Problem, Solution
 from .starts import kmeans_plus_plus, principal_of_moments, principal_of_rows
 
@@ -144,11 +146,13 @@ class Structure:
         start: where the descent starts.
         codes: the set that holds the codes, given those of the start (over atoms of norm 1, in noise steps).
         inner: the step on the codes.
+        free: any integers are codes, paths of a trellis too.
     """
 
     start: Start
     codes: Callable[[Tensor], Projection]
     inner: Inner = gradient_step
+    free: bool = False
 
 
 def k_per_row(codes: Tensor) -> Projection:
@@ -164,9 +168,9 @@ def top_k(codes: Tensor) -> Projection:
 
 
 STRUCTURES = {
-    "svd": Structure(svd_start, lambda codes: Grid(1.0)),
+    "svd": Structure(svd_start, lambda codes: Grid(1.0), free=True),
     "sparse_pca": Structure(svd_start, k_per_row),
-    "pgd": Structure(svd_start, top_k),
+    "pgd": Structure(svd_start, top_k, free=True),
     "vq": Structure(kmeans_start, lambda codes: OneHot(), nearest_atom),
 }
 
@@ -192,8 +196,14 @@ def solve_two_factor(blocks: Blocks, structure: str, count: CountAtoms = atoms_t
     codes, atoms = found.codes, found.dictionary
     if len(x) < blocks.rows:
         codes = torch.cat([_encode(part, atoms, kind, H) for part in blocks.chunks()])
-    shape = (blocks.weight.shape[0], blocks.weight.shape[1])
-    factors = Factors(shape, structure, (_term(codes, atoms, steps, blocks),))
+    terms = [_term(codes, atoms, steps, blocks)]
+    if blocks.problem.trellis and kind.free and terms[0].nonzeros:
+        terms.append(_along_trellis(blocks, terms[0]))
+    return blocks.problem.least(_solution(blocks, structure, term, found, kind) for term in terms)
+
+
+def _solution(blocks: Blocks, structure: str, term: Term, found: Descent, kind: Structure) -> Solution:
+    factors = Factors((blocks.weight.shape[0], blocks.weight.shape[1]), structure, (term,))
     return Solution(
         factors,
         blocks.problem.metric.distance(blocks.weight, factors),
@@ -203,6 +213,31 @@ def solve_two_factor(blocks: Blocks, structure: str, count: CountAtoms = atoms_t
         len(found.trace) - 1,
         "k-means" if kind.start is kmeans_start else "svd",
     )
+
+
+def _along_trellis(blocks: Blocks, term: Term) -> Term:
+    """Return a term with the same dictionary and codes along a trellis: nearest in the dictionary's metric D H D^T."""
+    assert term.atoms is not None
+    finer = round(FINE * math.log2(FINE_STEP))
+    dictionary = term.atoms.double() * log_scale(term.steps, 1).double()[:, None]
+    couplings = interference(Metric(blocks.H).in_dictionary(dictionary).cholesky(), torch.ones(1))
+    fine = float(log_scale(torch.tensor(finer), FINE))
+    targets = (least_squares_codes(x, dictionary, blocks.H).float() / fine for x in blocks.chunks())
+    height = chunk_rows(blocks.rows, term.atom_count)
+    codes = [chunk_along_trellis(part, couplings, blocks.problem.trellis) for part in _in_heights(targets, height)]
+    return replace(term, codes=torch.cat(codes), scale=term.scale + finer, trellis=blocks.problem.trellis)
+
+
+def _in_heights(parts: Iterable[Tensor], height: int) -> Iterator[Tensor]:
+    """Yield the rows of all parts in pieces of ``height`` rows, the last one of what is left."""
+    rest: Tensor | None = None
+    for part in parts:
+        rest = part if rest is None else torch.cat([rest, part])
+        while len(rest) >= height:
+            yield rest[:height]
+            rest = rest[height:]
+    if rest is not None and len(rest):
+        yield rest
 
 
 def _encode(x: Tensor, atoms: Tensor, kind: Structure, H: Tensor | None) -> Tensor:

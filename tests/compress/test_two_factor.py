@@ -1,6 +1,7 @@
 """Factors of codes and dictionary: structures that a weight has are found, constraints hold, blocks and metrics too."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from hf_sqf.compress.metric import Metric
 from hf_sqf.compress.solution import Problem
 from hf_sqf.compress.two_factor import STRUCTURES, Blocks, solve_two_factor
+from hf_sqf.runtime import sqf_symbols
+from hf_sqf.runtime.sqf_container import pack, unpack
 
 
 def low_rank(m=120, n=48, rank=3, noise=0.05, seed=0):
@@ -101,3 +104,37 @@ def test_large_weights_learn_on_a_sample(monkeypatch):
     sampled = solve_two_factor(blocks, "pgd")
     assert sampled.factors.terms[0].codes.shape[0] == 2000
     assert sampled.cost(0.2) == pytest.approx(whole.cost(0.2), rel=0.03)
+
+
+@pytest.mark.parametrize("structure", ["svd", "pgd"])
+@pytest.mark.parametrize("width", [None, 8])
+@pytest.mark.parametrize("metric", [False, True])
+def test_codes_over_a_dictionary_along_a_trellis(structure, width, metric):
+    weight = low_rank(900, 24, 8, 0.1)
+    how = None
+    if metric:
+        mix = torch.randn(24, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        how = Metric(mix @ mix.T / 24 + 0.1 * torch.eye(24), torch.linspace(0.5, 2.0, 900))
+    case = problem(weight, 0.3, how)
+    scalar = solve_two_factor(Blocks(case, width), structure)
+    found = solve_two_factor(Blocks(replace(case, trellis=8), width), structure)
+    (term,) = found.factors.terms
+    assert term.trellis == 8 and found.cost(0.3) < scalar.cost(0.3)
+    (again,) = unpack(pack([found.factors]))
+    assert torch.equal(again.dense(), found.factors.dense())
+    assert found.distortion == pytest.approx(case.metric.distance(weight, again.dense()))
+
+
+def test_a_trellis_over_a_dictionary_starts_anew_with_the_chunks_of_the_codec(monkeypatch):
+    weight = low_rank(700, 16, 6, 0.1)
+    monkeypatch.setattr(sqf_symbols, "CHUNK", 1 << 10)
+    found = solve_two_factor(Blocks(problem(weight, 0.3, trellis=8), 8), "svd")
+    assert found.factors.terms[0].trellis == 8
+    (again,) = unpack(pack([found.factors]))
+    assert torch.equal(again.dense(), found.factors.dense())
+
+
+def test_codes_of_constrained_sets_stay_scalar():
+    weight = low_rank(300, 24, 8, 0.1)
+    for structure in ("sparse_pca", "vq"):
+        assert solve_two_factor(Blocks(problem(weight, 0.3, trellis=8)), structure).factors.terms[0].trellis == 0
