@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from .sqf_modules import SUFFIX, Held, SQFModule, compress_module, decompress_mo
 
 COMPANIONS: dict[str, tuple[Callable[[PreTrainedModel], None], Callable[[PreTrainedModel], None]]] = {}
 """Who else has a part in a compressed model: name -> what to call once it is one, and once it is one no longer."""
+
+TRAINERS: weakref.WeakSet[object] = weakref.WeakSet()
+"""Who is about to train factors. While there is nobody, the Trainer refuses compressed models without adapters: it
+would train norms and biases alone, and not say so."""
 
 
 class SQFQuantizer(HfQuantizer):
@@ -93,8 +98,13 @@ class SQFQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Not on their own."""
-        return False
+        """Adapters can be trained on top."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the Trainer may train the model itself: where there is somebody to train the factors."""
+        return len(TRAINERS) > 0
 
 
 def register(quantizer: type[SQFQuantizer] = SQFQuantizer) -> None:
