@@ -15,12 +15,14 @@ from .runtime.sqf_factors import Factors
 from .runtime.sqf_modules import set_runtime
 from .runtime.sqf_quantizer import register
 from .runtime.sqf_size import size_report
+from .training import adapters as _adapters
 
 if TYPE_CHECKING:
     from .training.callback import SQFCallback
     from .training.distillation import distillation_loss
 
 register(CompressingQuantizer)
+_adapters.guard()  # so that none is lost by merging
 
 __version__ = "0.1.0"
 __all__ = [

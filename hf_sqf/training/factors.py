@@ -48,8 +48,8 @@ class Options:
         codes: train codes and dictionary, too; else scales alone.
         hard: the parameters themselves are projected, and what that takes from them is added again at the next step.
         resolution: least divisions of an octave in trained scales.
-        code_rate: how far codes go while the logarithm of a scale goes 1, in units of their root mean square (at
-            least 1).
+        code_rate: how far codes go while the logarithm of a scale goes 1: in steps of the grid; where blocks are
+            assigned to atoms, and for atoms, in units of their root mean square.
         every: optimizer steps from one projection of codes on a trellis to the next.
     """
 
@@ -84,8 +84,7 @@ class TrainedTerm:
         for name, value in self._values(self.term).items():
             unit = torch.tensor(1.0)
             if name in ("codes", "atoms"):
-                power = value.double().square().mean().sqrt() if name == "atoms" or term.one_hot else torch.ones(())
-                unit = torch.tensor(options.code_rate * max(float(power), 1e-3 if term.one_hot else 1.0))
+                unit = torch.tensor(options.code_rate * _spacing(name, term, value))
             self._units[name] = unit
             self.parameters[name] = nn.Parameter(value / unit)
         self._renew()
@@ -256,6 +255,14 @@ class TrainedTerm:
         """Move all that is no parameter."""
         self.term = self.term.to(device)
         self._left = {name: left.to(device) for name, left in self._left.items()}
+
+
+def _spacing(name: str, term: Term, value: Tensor) -> float:
+    """Return how far a latent has to go for something to change, about."""
+    if name == "codes" and not term.one_hot:
+        return 2.0 if term.trellis else 1.0  # a state's points lie two fine steps apart
+    power = float(value.double().square().mean().sqrt())
+    return max(power, 1e-3 if name == "codes" else 1.0)
 
 
 def _form(term: Term) -> tuple[object, ...]:
