@@ -27,20 +27,32 @@ def codes_of(model: torch.nn.Module) -> list[torch.Tensor]:
     return [term.codes for factors in found for f in factors for term in f.terms]
 
 
-@pytest.mark.parametrize("mode", MODES)
+CASES = [
+    ("llama_tied", {}, MODES),
+    ("llama", {"trellis": 8}, MODES),
+    ("gpt2", {}, ("light",)),
+    ("mixtral", {}, ("latent",)),
+    ("llama", {"structure": "vq"}, MODES),
+    ("llama", {"structure": "pgd"}, ("latent",)),
+    ("llama", {"structure": "sparse_pca"}, ("latent",)),
+    ("llama", {"structure": "svd+grid", "bits": 5.0}, ("latent",)),
+]
+"""Architecture, options, and the modes that are not left to the slow tests."""
+
+
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("mode", "name", "options"),
     [
-        ("llama_tied", {}),
-        ("llama", {"trellis": 8}),
-        ("gpt2", {}),
-        ("mixtral", {}),
-        ("llama", {"structure": "vq"}),
-        ("llama", {"structure": "pgd"}),
-        ("llama", {"structure": "sparse_pca"}),
-        ("llama", {"structure": "svd+grid", "bits": 5.0}),
+        pytest.param(
+            mode,
+            name,
+            options,
+            id="-".join(map(str, (name, *options.values(), mode))),
+            marks=() if mode in fast else pytest.mark.slow,
+        )
+        for name, options, fast in CASES
+        for mode in MODES
     ],
-    ids=lambda value: "-".join(map(str, value.values())) or "grid" if isinstance(value, dict) else value,
 )
 def test_trains_and_leaves_a_compressed_model(
     mode: str, name: str, options: dict, trainer_for: MakeTrainer, tmp_path: Path
@@ -61,12 +73,14 @@ def test_trains_and_leaves_a_compressed_model(
     assert not any(p.requires_grad for n, p in again.named_parameters() if n.endswith(SUFFIX))
 
 
-@pytest.mark.parametrize("name", ["resnet", "vit"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [("latent", "resnet"), ("light", "vit"), *(pytest.param(m, "resnet", marks=pytest.mark.slow) for m in MODES)],
+)
 def test_trains_with_labels(mode: str, name: str, trainer_for: MakeTrainer):
     model = compressed(name, bits=2.0)
     trainer = trainer_for(
-        model, SQFCallback(mode), data=images(), max_steps=30, per_device_train_batch_size=32, logging_steps=1
+        model, SQFCallback(mode), data=images(), max_steps=12, per_device_train_batch_size=32, logging_steps=1
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -94,7 +108,7 @@ def test_without_the_callback_the_trainer_refuses(trainer_for: MakeTrainer):
 
 
 def test_logs(trainer_for: MakeTrainer):
-    trainer = trainer_for(compressed("llama"), SQFCallback("latent", code_rate=40.0), build("llama"))
+    trainer = trainer_for(compressed("llama"), SQFCallback("latent", code_rate=100.0), build("llama"))
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 2
@@ -134,7 +148,7 @@ def test_gradient_checkpointing_changes_nothing(mode: str, trainer_for: MakeTrai
     outputs = []
     for checkpointing in (False, True):
         model = compressed("llama")
-        trainer_for(model, SQFCallback(mode), build("llama"), gradient_checkpointing=checkpointing).train()
+        trainer_for(model, SQFCallback(mode), build("llama"), activation_checkpointing=checkpointing).train()
         outputs.append(outputs_of(model.eval()))
     torch.testing.assert_close(*outputs)
 
@@ -155,7 +169,8 @@ def test_models_in_bfloat16_train_in_float32_scales(trainer_for: MakeTrainer, tm
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
-    assert again.dtype == torch.bfloat16 and torch.equal(outputs_of(again), outputs_of(model.eval()))
+    assert again.dtype == torch.bfloat16
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def test_a_second_train_goes_on(trainer_for: MakeTrainer):
