@@ -88,6 +88,10 @@ class SQFModule(nn.Module):
     runtime: str
     _running: dict[str, tuple[nn.Parameter, int, int | None, list[Running]]]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Make what the module was made from: PEFT builds parts of an adapter by the type of the layer it adapts."""
+        return cls.base(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
     def _bytes(self, name: str) -> nn.Parameter:
         return self._parameters[name + SUFFIX]  # type: ignore[return-value]  # sooner than through __getattr__
 

@@ -64,7 +64,7 @@ def _guard(module: ModuleType) -> None:
         return
     tuner.sqf_guarded = True
     allowed: Callable[[Any], None] = tuner._check_merge_allowed
-    dispatch: Callable[..., Any] = module.dispatch_default  # type: ignore[attr-defined]
+    dispatch: Callable[..., Any] = module.dispatch_default
 
     @wraps(allowed)
     def check_merge_allowed(self: Any) -> None:  # noqa: ANN401
@@ -77,7 +77,7 @@ def _guard(module: ModuleType) -> None:
     def dispatch_default(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         layer = dispatch(*args, **kwargs)
         if layer is not None and _adapts_compressed(layer):
-            layer.__class__ = _refusing(type(layer))
+            layer.__class__ = _refusing(type(layer))  # type: ignore[arg-type]  # classes are hashable
         return layer
 
     tuner._check_merge_allowed = check_merge_allowed

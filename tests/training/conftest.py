@@ -1,6 +1,8 @@
 """Tiny compressed models and what trains them."""
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,13 @@ Data = list[dict[str, Any]]
 
 def compressed(name: str, bits: float = 3.0, **options: Any) -> PreTrainedModel:
     """Return a compressed random model, the same every time."""
-    return hf_sqf.compress(build(name), SQFConfig(bits=bits, **{"structure": "grid", "trellis": None, **options}))
+    return copy.deepcopy(_compressed(name, bits, tuple(options.items())))
+
+
+@cache
+def _compressed(name: str, bits: float, options: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
+    config = SQFConfig(bits=bits, **{"structure": "grid", "trellis": None, **dict(options)})
+    return hf_sqf.compress(build(name), config)
 
 
 def rows(count: int = 48, length: int = 12) -> Data:
