@@ -118,6 +118,14 @@ def test_runtime_imports_nothing_outside_itself(path: Path):
         ("compress", "import hf_sqf", 1),
         ("compress", "def f():\n    import hf_sqf.cli", 1),
         ("report", "from ..hub import card", 1),
+        (
+            "training",
+            "from ..compress.rate import term_bits\nfrom ..runtime.sqf_factors import Term\nfrom . import factors",
+            0,
+        ),
+        ("training", "from ..report import fidelity", 1),
+        ("training", "from ..hub import card", 1),
+        ("runtime", "from ..training import callback", 1),
         ("cli", "from .compress import model\nfrom .hub import card", 0),
     ],
 )

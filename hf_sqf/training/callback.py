@@ -36,7 +36,9 @@ class SQFCallback(TrainerCallback):
     ends; so is every checkpoint, at any time. A second ``train()`` goes on from there.
 
     Scales train well at a learning rate of 2e-3 with Adam; what training logs is ``bits`` (per weight, of all that is
-    trained), ``sparsity``, and ``codes_changed`` (per step, in share of all).
+    trained), ``sparsity``, and ``codes_changed`` (per step, in share of all). The log history has them, and callbacks
+    that come after this one: for TensorBoard, say, ``callbacks=[SQFCallback(), TensorBoardCallback()]`` with
+    ``report_to="none"``.
 
     Args:
         mode: ``"light"`` trains scales alone: codes and dictionaries stay. ``"latent"`` trains codes and dictionaries,

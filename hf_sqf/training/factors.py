@@ -72,6 +72,7 @@ class TrainedTerm:
     def __init__(self, term: Term, structure: str, options: Options) -> None:
         self.options, self.structure = options, structure
         self.changed = 0
+        self._coded: tuple[Tensor, Tensor | None, float] | None = None
         self.parameters: dict[str, nn.Parameter] = {}
         self._units: dict[str, Tensor] = {}
         self._left: dict[str, Tensor] = {}  # what projections in place took
@@ -222,8 +223,10 @@ class TrainedTerm:
         return self._with_scales()
 
     def coded_bits(self) -> float:
-        """Return the bits of codes and dictionary as they are now."""
-        return coded_bits(self.term)
+        """Return the bits of codes and dictionary as they are now; computed anew only where they changed."""
+        if self._coded is None or self._coded[0] is not self.term.codes or self._coded[1] is not self.term.atoms:
+            self._coded = self.term.codes, self.term.atoms, coded_bits(self.term)
+        return self._coded[2]
 
     # ------------------------------------------------------------------------------------------ checkpoints
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 import hf_sqf
 from hf_sqf import SQFCallback, distillation_loss
@@ -114,6 +114,19 @@ def test_logs(trainer_for: MakeTrainer):
     assert len(logged) == 2
     for entry in logged:
         assert 2.0 < entry["bits"] < 4.0 and 0.0 < entry["sparsity"] < 1.0 and entry["codes_changed"] > 0.0
+
+
+def test_callbacks_that_report_after_it_see_the_figures(trainer_for: MakeTrainer):
+    seen: list[dict] = []
+
+    class Reporting(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    trainer = trainer_for(compressed("llama"), SQFCallback(), build("llama"))
+    trainer.add_callback(Reporting())
+    trainer.train()
+    assert {"loss", "bits", "sparsity", "codes_changed"} <= seen[0].keys()
 
 
 def test_a_regular_expression_chooses(trainer_for: MakeTrainer):
