@@ -44,9 +44,9 @@ class SQFCallback(TrainerCallback):
         mode: ``"light"`` trains scales alone: codes and dictionaries stay. ``"latent"`` trains codes and dictionaries,
             too: floats from which the codes are projected after each step. ``"hard"`` does so with the parameters
             themselves, and adds what the projection took from them at the next step.
-        train: which weights: ``"all"``, and all that is not compressed as well; ``"light"``, the same with scales
-            alone; or a regular expression, searched for in the names of weights and of other parameters: what it does
-            not match stays as it is.
+        train: which weights: ``"all"``, with all that is not compressed (norms, biases, new heads) but embeddings;
+            ``"light"``, the same with scales alone; or a regular expression, searched for in the names of weights and
+            of other parameters: what it does not match stays as it is.
         resolution: least divisions of an octave in trained scales. The solvers have 16; finer scales take some bytes.
         code_rate: how far codes move while the logarithm of a scale moves 1: the ratio of their learning rates.
         every: optimizer steps from one projection of codes on a trellis to the next. In between, the codes are those
@@ -122,11 +122,12 @@ class SQFCallback(TrainerCallback):
         assert self._model is not None
         for module, trained in self._modules:
             start(module, trained)
-        if self._pattern is not None:
-            for name, parameter in self._model.named_parameters():
-                if parameter.requires_grad and PREFIX not in name and not self._pattern.search(name):
-                    parameter.requires_grad_(False)
-                    self._frozen.append(parameter)
+        embeddings = _dense_embeddings(self._model) if self._pattern is None else set()
+        for name, parameter in self._model.named_parameters():
+            left_out = parameter in embeddings if self._pattern is None else not self._pattern.search(name)
+            if parameter.requires_grad and PREFIX not in name and left_out:
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
         _restate(self._model, fidelity=None)  # what was measured is no longer what will be saved
 
     def _terms(self) -> list[TrainedTerm]:
@@ -241,6 +242,13 @@ class SQFCallback(TrainerCallback):
                 zeros += count * Factors((1, 1), "", (term,)).sparsity
                 codes += count
         return {"bits": bits / max(parameters, 1), "sparsity": zeros / max(codes, 1)}
+
+
+def _dense_embeddings(model: PreTrainedModel) -> set[nn.Parameter]:
+    """Return the embeddings, tied to a head or not, that are not compressed: a scale's learning rate is not theirs."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    found = [module._parameters.get("weight") for module in (*modules, model.get_output_embeddings()) if module]
+    return {parameter for parameter in found if parameter is not None}
 
 
 def _restate(model: PreTrainedModel, **changes: Any) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 import hf_sqf
 from hf_sqf import SQFCallback, distillation_loss
@@ -136,6 +136,24 @@ def test_a_regular_expression_chooses(trainer_for: MakeTrainer):
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all("layers.1.mlp" in name for name in changed)
     assert all(p.requires_grad for name, p in model.named_parameters() if name.endswith("norm.weight"))
+
+
+@pytest.mark.parametrize(("train", "frozen"), [("all", True), (".", False)])
+def test_dense_embeddings_stay_unless_they_are_named(train: str, frozen: bool, trainer_for: MakeTrainer):
+    model = compressed("llama_tied", include_embeddings=False)
+    before = model.model.embed_tokens.weight.clone()
+    trainer_for(model, SQFCallback(train=train), build("llama_tied")).train()
+    assert torch.equal(model.model.embed_tokens.weight, before) == frozen
+    assert model.model.embed_tokens.weight.requires_grad
+
+
+def test_new_heads_are_trained(trainer_for: MakeTrainer, tmp_path: Path):
+    compressed("bert").save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    before = model.classifier.weight.clone()
+    data = [{"input_ids": row["input_ids"], "labels": 1} for row in rows()]
+    trainer_for(model, SQFCallback(), data=data).train()
+    assert not torch.equal(model.classifier.weight, before)
 
 
 def test_light_is_a_choice_of_what_to_train_too(trainer_for: MakeTrainer):
