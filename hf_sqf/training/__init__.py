@@ -25,6 +25,10 @@ of the whole model in place of the weight's distance, and an optimizer's step in
 and dictionary had at the start: where the nearest codes cost more, cheaper ones are made nearer, until they fit; where
 none fit, the step changes no code. Scales cost a little more where they become finer than the solver's.
 
+*How many.* Adam moves all latents at about the same speed, whatever their gradients say, and codes that change in the
+same step by the thousand undo one another's good. So only those latents are projected that have gone furthest, at most a
+small share of all in a step.
+
 *Codes on a trellis* (dependent quantization) are projected by Viterbi's algorithm every few steps, and stay what they
 were in between while their latents gather gradients. So they are on a path of the machine after every step, and what is
 trained meanwhile (scales, norms) is trained for them. The alternative, free integers on the fine grid and one pass of

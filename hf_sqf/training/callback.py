@@ -51,6 +51,8 @@ class SQFCallback(TrainerCallback):
         code_rate: how far codes move while the logarithm of a scale moves 1: the ratio of their learning rates.
         every: optimizer steps from one projection of codes on a trellis to the next. In between, the codes are those
             of the last one.
+        share: most of the codes that a step may change, those first whose latents have gone furthest; on a trellis a
+            few more have to go along.
 
     Raises:
         ValueError: an option is out of range.
@@ -63,6 +65,7 @@ class SQFCallback(TrainerCallback):
         resolution: int = 32,
         code_rate: float = 5.0,
         every: int = 8,
+        share: float = 0.002,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -75,9 +78,11 @@ class SQFCallback(TrainerCallback):
         for name, value, least in (("resolution", resolution, 1), ("every", every, 1), ("code_rate", code_rate, 0.0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least or value == 0:
                 raise ValueError(f"{name} must be a number of {least or 'more than 0'} or more, got {value!r}")
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
+            raise ValueError(f"share must lie in (0, 1], got {share!r}")
         codes = mode != "light" and train != "light"
         self.mode, self.train = mode, train
-        self._options = Options(codes, mode == "hard", int(resolution), float(code_rate), int(every))
+        self._options = Options(codes, mode == "hard", int(resolution), float(code_rate), int(every), float(share))
         self._model: PreTrainedModel | None = None
         self._modules: list[tuple[SQFModule, dict[str, TrainedWeight]]] = []
         self._weights: list[TrainedWeight] = []

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..runtime.sqf_container import pack
 from ..runtime.sqf_factors import Factors, Term
-from .projecting import Limits, coded_bits
+from .projecting import Limits, coded_bits, foremost
 from .straight_through import Integers, LogScale, Matrix, OneHot, Product, Rows, logs_of, nearest_exponents
 
 _SPREAD_BITS = 4.0
@@ -51,6 +51,7 @@ class Options:
         code_rate: how far codes go while the logarithm of a scale goes 1: in steps of the grid; where blocks are
             assigned to atoms, and for atoms, in units of their root mean square.
         every: optimizer steps from one projection of codes on a trellis to the next.
+        share: most of the codes that may change in one optimizer step, of those on a trellis at their own.
     """
 
     codes: bool
@@ -58,6 +59,7 @@ class Options:
     resolution: int
     code_rate: float
     every: int
+    share: float
 
 
 class TrainedTerm:
@@ -201,8 +203,9 @@ class TrainedTerm:
                 if self.options.hard:
                     moved[name] += self._left[name]
         if not self.term.trellis or step % self.options.every == 0:
-            before = self.term
-            self.term = self.limits.project(self._with_scales(), moved["codes"], moved.get("atoms"))
+            before, steps = self.term, self.options.every if self.term.trellis else 1
+            latent = foremost(moved["codes"], self._values(before)["codes"], steps * self.options.share)
+            self.term = self.limits.project(self._with_scales(), latent, moved.get("atoms"))
             self.changed += int((before.codes != self.term.codes).sum())
         if self.options.hard:
             for name, value in self._values(self.term).items():

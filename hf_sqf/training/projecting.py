@@ -6,7 +6,7 @@ What they project keeps its rate by a *strength* s in [0, 1) that makes cheap co
 
 =========  ===================================================================================
 integers   a dead zone: |z| is rounded to ``floor(|z| + 1/2 - s/2)``
-one-hot    the atom of least ``|x - d_k|^2 + s |d|^2 bits(k)``
+one-hot    the atom of least ``|x - d_k|^2 + s a^2 bits(k)``, where atoms lie about a apart
 trellis    the path of least ``|v - u|^2 + s bits(u)``, by Viterbi's algorithm
 =========  ===================================================================================
 
@@ -30,7 +30,9 @@ from ..compress.rate import index_bits
 from ..runtime.sqf_codec import ideal_bits
 from ..runtime.sqf_factors import Term
 
-_TRIALS = 5  # strengths that are tried
+_TRIALS = 5  # strengths that are tried, each twice the one before
+_LEAST = 0.01  # strength above none
+_MOST = 0.95
 _DECAY = 0.7  # of the strength from one step to the next, so that it falls again where it can
 _TABLE = 1 << 22  # entries of a table of distances
 
@@ -96,7 +98,7 @@ class Limits:
         moved = term if atoms is None else replace(term, atoms=narrow(torch.round(atoms)))
         closest = _CLOSEST["one_hot" if term.one_hot else "trellis" if term.trellis else "integers"]
         strength = _DECAY * self.strength
-        if strength < 0.01:
+        if strength < _LEAST:
             strength = 0.0
         for _ in range(_TRIALS):
             found = replace(moved, codes=closest(self, moved, latent, strength))
@@ -106,9 +108,28 @@ class Limits:
             if coded_bits(found) <= self.bits:
                 self.strength = strength
                 return found
-            strength = max(0.5 * (strength + 1.0), 0.1) if strength else 0.1
-        self.strength = min(strength, 0.9)
+            strength = min(max(2.0 * strength, _LEAST), _MOST)
+        self.strength = strength
         return term
+
+
+def foremost(latent: Tensor, current: Tensor, share: float) -> Tensor:
+    """Return the latents that have gone furthest, and in place of the others what they were projected to.
+
+    An optimizer such as Adam moves all latents about as fast, those whose gradients are noise back and forth. Projected
+    at once, very many would change in the same step; so those go first whose gradients agreed.
+
+    Args:
+        latent: like codes, or (m', d) blocks.
+        current: what the codes stand for now, of the same shape.
+        share: of the codes that may change.
+    """
+    if share >= 1.0:
+        return latent
+    away = (latent - current).abs()
+    count = away.numel()
+    least = away.reshape(-1).kthvalue(count - max(1, round(share * count)) + 1).values
+    return torch.where(away >= least, latent, current)
 
 
 def _same(one: Term, other: Term) -> bool:
@@ -133,7 +154,10 @@ def _one_hot(limits: Limits, term: Term, latent: Tensor, strength: float) -> Ten
     atoms = term.dictionary().float()
     usage = torch.bincount(term.codes.long(), minlength=len(atoms)).float()
     power = atoms.square().sum(1)
-    cost = power + strength * power.mean() * torch.log2(usage.sum() / usage.clamp_min(0.5))
+    bits = torch.log2(usage.sum() / usage.clamp_min(0.5))
+    rate = float((usage * bits).sum() / usage.sum())
+    apart = power.mean() * 2.0 ** (-2.0 * rate / atoms.shape[1])  # squared, about, of atoms of a Gaussian's codebook
+    cost = power + strength * apart * bits
     rows = max(1, _TABLE // len(atoms))
     found = [torch.addmm(cost, some, atoms.T, alpha=-2.0).argmin(1) for some in latent.split(rows)]
     return torch.cat(found).to(term.codes.dtype)

@@ -29,13 +29,13 @@ def codes_of(model: torch.nn.Module) -> list[torch.Tensor]:
 
 CASES = [
     ("llama_tied", {}, MODES),
-    ("llama", {"trellis": 8}, MODES),
+    ("llama", {"trellis": 8}, ("latent",)),
     ("gpt2", {}, ("light",)),
     ("mixtral", {}, ("latent",)),
-    ("llama", {"structure": "vq"}, MODES),
-    ("llama", {"structure": "pgd"}, ("latent",)),
-    ("llama", {"structure": "sparse_pca"}, ("latent",)),
-    ("llama", {"structure": "svd+grid", "bits": 5.0}, ("latent",)),
+    ("llama", {"structure": "vq"}, ("latent",)),
+    ("llama", {"structure": "pgd"}, ()),
+    ("llama", {"structure": "sparse_pca"}, ()),
+    ("llama", {"structure": "svd+grid", "bits": 5.0}, ("hard",)),
 ]
 """Architecture, options, and the modes that are not left to the slow tests."""
 
@@ -251,6 +251,7 @@ def test_the_file_grows_by_less_than_half_a_percent(trainer_for: MakeTrainer):
         ({"train": 3}, "train must be"),
         ({"resolution": 0}, "resolution must be a number of 1"),
         ({"every": 0}, "every must be a number of 1"),
+        ({"share": 0.0}, r"share must lie in \(0, 1\]"),
         ({"code_rate": 0.0}, "code_rate must be a number of more than 0"),
     ],
 )

@@ -14,7 +14,7 @@ STEP = 1e-3
 
 
 def trained(factors: Factors, codes: bool = True, **options) -> TrainedWeight:
-    given = {"hard": False, "resolution": 32, "code_rate": 3.0, "every": 1, **options}
+    given = {"hard": False, "resolution": 32, "code_rate": 3.0, "every": 1, "share": 1.0, **options}
     return TrainedWeight("weight", [factors], Options(codes=codes, **given))
 
 

@@ -17,7 +17,7 @@ from hf_sqf.runtime.sqf_paths import codes_of_points
 from hf_sqf.runtime.sqf_trellis import machine
 from hf_sqf.training.callback import SQFCallback
 from hf_sqf.training.factors import Options, TrainedWeight
-from hf_sqf.training.projecting import coded_bits
+from hf_sqf.training.projecting import coded_bits, foremost
 from tests.conftest import build
 from tests.training.conftest import compressed
 
@@ -34,7 +34,7 @@ def factors_of(structure: str, trellis: int, seed: int = 0) -> Factors:
 
 
 def options(hard: bool = False) -> Options:
-    return Options(codes=True, hard=hard, resolution=32, code_rate=1.0, every=1)
+    return Options(codes=True, hard=hard, resolution=32, code_rate=1.0, every=1, share=1.0)
 
 
 def check(weight: TrainedWeight, start: Factors) -> None:
@@ -94,7 +94,8 @@ def test_codes_follow_their_latents(structure: str, trellis: int):
     start = factors_of(structure, trellis)
     target = start.dense() + 0.5 * torch.randn(start.shape, generator=torch.Generator().manual_seed(5))
     weight = TrainedWeight("weight", [start], options())
-    optimizer = torch.optim.Adam([p for _, p in weight.parameters()], lr=0.05)
+    rate = 0.003 if structure == "vq" else 0.05
+    optimizer = torch.optim.Adam([p for _, p in weight.parameters()], lr=rate)
     first = float((start.dense() - target).square().mean())
     for step in range(1, 41):
         optimizer.zero_grad()
@@ -104,6 +105,15 @@ def test_codes_follow_their_latents(structure: str, trellis: int):
     check(weight, start)
     assert sum(term.changed for term in weight.all_terms()) > 0
     assert float((weight.matrix(0).detach() - target).square().mean()) < first
+
+
+def test_those_that_went_furthest_go_first():
+    current = torch.tensor([[0.0, 1.0, -2.0], [3.0, 0.0, 0.0]])
+    moved = torch.tensor([[0.6, 0.9, -1.2], [2.3, 0.1, 0.0]])
+    assert torch.equal(foremost(moved, current, 1.0), moved)
+    expected = torch.tensor([[0.0, 1.0, -1.2], [2.3, 0.0, 0.0]])
+    assert torch.equal(foremost(moved, current, 2 / 6), expected)
+    assert torch.equal(foremost(current, current, 0.01), current)
 
 
 @pytest.mark.parametrize("trellis", [0, 8])

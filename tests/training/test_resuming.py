@@ -59,7 +59,9 @@ def test_resumes_from_the_checkpoint_as_a_model(trainer_for: MakeTrainer, tmp_pa
     assert same_state(straight, resumed)
 
 
-@pytest.mark.parametrize(("mode", "options"), CASES)
+@pytest.mark.parametrize(
+    ("mode", "options"), [CASES[0], pytest.param("latent", {"trellis": 8}, marks=pytest.mark.slow)]
+)
 def test_checkpoints_are_ordinary_models(mode: str, options: dict, trainer_for: MakeTrainer, tmp_path: Path):
     model = compressed("llama_tied", **options)
     trainer = trainer_for(model, callback(mode), build("llama_tied"), **SAVING)
