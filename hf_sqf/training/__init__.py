@@ -26,8 +26,8 @@ and dictionary had at the start: where the nearest codes cost more, cheaper ones
 none fit, the step changes no code. Scales cost a little more where they become finer than the solver's.
 
 *How many.* Adam moves all latents at about the same speed, whatever their gradients say, and codes that change in the
-same step by the thousand undo one another's good. So only those latents are projected that have gone furthest, at most a
-small share of all in a step.
+same step by the thousand undo one another's good. So only those latents are projected that have gone furthest, at
+most a small share of all in a step.
 
 *Codes on a trellis* (dependent quantization) are projected by Viterbi's algorithm every few steps, and stay what they
 were in between while their latents gather gradients. So they are on a path of the machine after every step, and what is

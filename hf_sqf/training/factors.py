@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,8 @@ _SPREAD_BITS = 4.0
 _SPREAD_SHARE = 0.004
 """Most of a weight's bits that scales may take that were one before."""
 
-Memory = dict[nn.Parameter, dict[str, Tensor]]
-"""What a checkpoint of the model lacks to go on from: parameter -> name -> tensor."""
+Memory = dict[nn.Parameter, dict[str, Any]]
+"""What a checkpoint of the model lacks to go on from: parameter -> name -> tensor, or numbers."""
 
 
 @dataclass(frozen=True)
@@ -241,12 +242,12 @@ class TrainedTerm:
             if name in self._left:
                 found[parameter]["left"] = self._left[name]
             if name == "codes":
-                found[parameter]["strength"] = torch.tensor(self.limits.strength)
-                found[parameter]["limit"] = torch.tensor([self.limits.bits, float(self.limits.nonzeros)]).double()
+                # Numbers, not tensors: an optimizer that loads its state casts tensors to the parameter's dtype.
+                found[parameter]["limits"] = (self.limits.strength, self.limits.bits, self.limits.nonzeros)
         return found
 
     @torch.no_grad()
-    def remember(self, parameter: nn.Parameter, kept: dict[str, Tensor]) -> None:
+    def remember(self, parameter: nn.Parameter, kept: dict[str, Any]) -> None:
         """Take back what :meth:`memory` gave for a parameter."""
         name = next(n for n, p in self.parameters.items() if p is parameter)
         parameter.copy_(kept["value"])
@@ -254,8 +255,7 @@ class TrainedTerm:
         if "left" in kept:
             self._left[name] = kept["left"].to(parameter.device)
         if name == "codes":
-            self.limits.strength = float(kept["strength"])
-            self.limits.bits, self.limits.nonzeros = float(kept["limit"][0]), round(float(kept["limit"][1]))
+            self.limits.strength, self.limits.bits, self.limits.nonzeros = kept["limits"]
 
     def to(self, device: torch.device) -> None:
         """Move all that is no parameter."""

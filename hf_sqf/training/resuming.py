@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from .factors import TrainedTerm
+from .factors import Memory, TrainedTerm
 
 _MARK = "sqf_"
 """Of our names in the state of a parameter."""
@@ -53,7 +52,7 @@ class Keeper:
             self._hook = None
 
     def _add(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        memory: dict[nn.Parameter, dict[str, Tensor]] = {}
+        memory: Memory = {}
         for term in dict.fromkeys(self._owner.values()):
             memory |= term.memory()
         state = dict(state_dict["state"])
