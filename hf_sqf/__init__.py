@@ -3,6 +3,8 @@
 Importing the package makes the quantization method ``"sqf"`` known to transformers.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .compress.checkpoint import compress_checkpoint
 from .compress.factorize import factorize
 from .compress.model import compress, dequantize
@@ -14,17 +16,38 @@ from .runtime.sqf_factors import Factors
 from .runtime.sqf_modules import set_runtime
 from .runtime.sqf_quantizer import register
 from .runtime.sqf_size import size_report
+from .training import adapters as _adapters
+
+if TYPE_CHECKING:
+    from .training.callback import SQFCallback
+    from .training.distillation import distillation_loss
 
 register(CompressingQuantizer)
+_adapters.guard()  # so that none is lost by merging
 
 __version__ = "0.1.0"
 __all__ = [
     "Factors",
+    "SQFCallback",
     "SQFConfig",
     "compress",
     "compress_checkpoint",
     "dequantize",
+    "distillation_loss",
     "factorize",
     "set_runtime",
     "size_report",
 ]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """Import what trains when it is asked for: the Trainer's modules take a while, and import PEFT."""
+    if name == "SQFCallback":
+        from .training.callback import SQFCallback
+
+        return SQFCallback
+    if name == "distillation_loss":
+        from .training.distillation import distillation_loss
+
+        return distillation_loss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

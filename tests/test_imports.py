@@ -122,6 +122,14 @@ def test_runtime_imports_nothing_outside_itself(path: Path):
         ("cli", "from ..compress import model\nfrom ..hub import card\nfrom .folders import whole_folder", 0),
         ("cli", "from .. import size_report", 1),
         ("hub", "from ..cli import originals", 1),
+        (
+            "training",
+            "from ..compress.rate import term_bits\nfrom ..runtime.sqf_factors import Term\nfrom . import factors",
+            0,
+        ),
+        ("training", "from ..report import fidelity", 1),
+        ("training", "from ..hub import card", 1),
+        ("runtime", "from ..training import callback", 1),
     ],
 )
 def test_wrong_directions_are_found(part: str, source: str, count: int):

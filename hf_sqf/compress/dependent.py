@@ -106,11 +106,30 @@ def chunk_along_trellis(values: Tensor, couplings: Tensor | None, states: int) -
     return narrow(torch.from_numpy(codes))
 
 
-def _pass(values: Tensor, couplings: Tensor | None, prices: Prices, states: int) -> NDArray[np.int32]:
+def nearest_paths(values: Tensor, codes: Tensor, states: int, price: float) -> Tensor:
+    """Return the fine-grid integers of least ``(v - u)^2 + price * bits`` on paths of the machine, (m, n).
+
+    Args:
+        values: v, float32 (m, n), in fine steps. Integers that are on a path are their own nearest at no price.
+        codes: integers (m, n) on paths of the machine, whose models say what codes cost.
+        states: of the machine.
+        price: lambda, in squared fine steps a bit.
+    """
+    height = chunk_rows(*values.shape)
+    parts = []
+    for some, known in zip(values.split(height), codes.split(height), strict=True):
+        prices = Prices.of(contexts_of(known.to(torch.int32).numpy(), trellis=states))
+        parts.append(torch.from_numpy(_pass(some, None, prices, states, price)))
+    return narrow(torch.cat(parts))
+
+
+def _pass(
+    values: Tensor, couplings: Tensor | None, prices: Prices, states: int, rate_price: float = PRICE
+) -> NDArray[np.int32]:
     """Round all columns along their best paths at these prices; int32 (m, n)."""
     m, n = values.shape
     grid, ways = trellis(states)
-    price = np.float32(PRICE)
+    price = np.float32(rate_price)
     codes = np.empty((n, m), np.int32)
 
     def column(targets: NDArray[np.float32], j: int) -> None:

@@ -21,6 +21,7 @@ from .sqf_symbols import CHUNK
 _FLAT, _TABLE = 0, 1
 _EQUAL_LIMIT = 1 << 24  # the most indices into a dictionary of one atom
 _UNUSED = 127  # the table's entry of an index that does not occur; others are below
+_RARE = 96  # a level that beside 0 has two slots
 _EIGHTHS = tuple(float(x) for x in (
     1.0, 0.9170040432046712, 0.8408964152537145, 0.7711054127039704,
     0.7071067811865476, 0.6484197773255048, 0.5946035575013605, 0.5452538663326288,
@@ -39,8 +40,13 @@ def _frequencies(levels: np.ndarray) -> np.ndarray:
 def _levels(counts: np.ndarray) -> np.ndarray:
     """Return the table, int64 (K,), that suits these counts."""
     target = np.maximum(counts / counts.sum() * TOTAL - 1, 0.25)
-    levels = np.clip(np.rint(8 * np.log2(target.max() / target)), 0, _UNUSED - 1)
-    return np.where(counts > 0, levels, _UNUSED).astype(np.int64)
+    used = np.count_nonzero(counts)
+    rarest = _UNUSED - 1 if used > 2 else _RARE  # so that nothing has more than the 4094 slots that readers expect
+    levels = np.clip(np.rint(8 * np.log2(target.max() / target)), 0, rarest)
+    levels = np.where(counts > 0, levels, _UNUSED).astype(np.int64)
+    if used == 1:
+        levels[int(counts[0] > 0)] = rarest
+    return levels
 
 
 def _contexts(frequencies: np.ndarray, count: int) -> Contexts:

@@ -88,6 +88,10 @@ class SQFModule(nn.Module):
     runtime: str
     _running: dict[str, tuple[nn.Parameter, int, int | None, list[Running]]]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Make what the module was made from: PEFT builds parts of an adapter by the type of the layer it adapts."""
+        return cls.base(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
     def _bytes(self, name: str) -> nn.Parameter:
         return self._parameters[name + SUFFIX]  # type: ignore[return-value]  # sooner than through __getattr__
 
@@ -188,6 +192,9 @@ class SQFModule(nn.Module):
                 state_dict[key] = bytes_for(state_dict[key].to(data.device), self.runtime, held.name)
                 if data.shape != state_dict[key].shape:  # another rate: of weights, the matrices' shapes must agree
                     data.data = torch.empty_like(state_dict[key])
+            sentinel = state_dict.get(prefix + name)
+            if sentinel is not None and sentinel.dtype == torch.uint8:  # saved models have one, for other readers
+                del state_dict[prefix + name]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
@@ -286,6 +293,9 @@ class SQFEmbedding(SQFModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Integers (...) to (..., embedding_dim)."""
+        return self._pick(input)
+
+    def _pick(self, input: Tensor) -> Tensor:
         n = self.held["weight"].matrix_shape[1]
         if plain(input):
             return self.matrices()[0].pick(input.reshape(-1).long(), self.compute_dtype).view(*input.shape, n)

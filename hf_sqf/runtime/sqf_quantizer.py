@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from .sqf_size import compressed_bytes
 
 COMPANIONS: dict[str, tuple[Callable[[PreTrainedModel], None], Callable[[PreTrainedModel], None]]] = {}
 """Who else has a part in a compressed model: name -> what to call once it is one, and once it is one no longer."""
+
+TRAINERS: weakref.WeakSet[object] = weakref.WeakSet()
+"""Who is about to train factors. While there is nobody, the Trainer refuses compressed models without adapters: it
+would train norms and biases alone, and not say so."""
 
 
 class SQFQuantizer(HfQuantizer):
@@ -100,8 +105,13 @@ class SQFQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Not on their own."""
-        return False
+        """Adapters can be trained on top."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the Trainer may train the model itself: where there is somebody to train the factors."""
+        return len(TRAINERS) > 0
 
 
 def register(quantizer: type[SQFQuantizer] = SQFQuantizer) -> None:

@@ -267,6 +267,18 @@ def test_indices_cost_their_entropy(atoms):
         assert 8 * len(encode_indices(indices, atoms)) < 1.02 * entropy + 8 * atoms / 2 + 400
 
 
+@pytest.mark.parametrize("count", [200, 1 << 20])
+@pytest.mark.parametrize("atoms", [2, 5, 9])
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_indices_that_are_nearly_all_the_same(count: int, atoms: int, others: int):
+    for most in (0, atoms - 1):
+        indices = np.full(count, most)
+        indices[:others] = 1 - most if atoms == 2 else 1
+        coded = encode_indices(indices, atoms)
+        assert np.array_equal(decode_indices(coded, count, atoms), indices)
+        assert len(coded) < 200
+
+
 def test_indices_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"0\.\.3"):
         encode_indices(np.array([0, 4]), 4)

@@ -67,7 +67,7 @@ def test_marks_of_a_quantized_model(tmp_path):
     on_load = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=SQFConfig(**OPTIONS))
     for model in (on_load, hf_sqf.compress(build("llama"), SQFConfig(**OPTIONS))):
         assert model.is_quantized and model.quantization_method == "sqf" and model.config._is_quantized
-        assert model.hf_quantizer.is_serializable() and not model.hf_quantizer.is_trainable
+        assert model.hf_quantizer.is_serializable() and model.hf_quantizer.is_trainable
         assert model.hf_quantizer.quantization_config is model.config.quantization_config
         assert not model.training
 

@@ -1,0 +1,40 @@
+"""Fine-tuning of the factors themselves, in the Trainer.
+
+What there is to be trained, and what must hold after every step::
+
+    W^ = sum_t  diag(rows) Z diag(steps) D        Z, D: integers in their sets, Z at no more bits than it had
+
+Parameters of the optimizer are logarithms of the scales and, unless training is *light*, floats ("latents") that codes
+and dictionary are projected from, ``Z = P(latent)``. The forward uses the projected factors, scales on the grid of the
+file included, so that what is trained is what is saved; gradients go straight through the projections. This is the
+projected gradient method of the solvers, ``Z <- P_Z(Z - eta dL/dZ)`` (Kuzmin et al., arXiv 2207.11048), with the loss
+of the whole model in place of the weight's distance, and an optimizer's step in place of eta.
+
+=================  ============================================================================================
+``factors``        :class:`~.factors.TrainedWeight`: terms in their sets, with the parameters beside them
+``straight_through``  products with codes whose gradients reach the latents, with nothing dense kept in between
+``projecting``     the projections, and the limit of the rate
+``modules``        compressed modules that multiply with trained weights, and look in a state dict as ever
+``resuming``       the latents in a checkpoint: with the optimizer's state
+``callback``       ``SQFCallback``: the Trainer's events
+``distillation``   ``distillation_loss``: the original as the teacher
+``adapters``       LoRA on top of compressed weights, which must not be merged into them
+=================  ============================================================================================
+
+*The rate.* Codes that move lose what made them cheap: zeros first. So every projection is held to the bits that codes
+and dictionary had at the start: where the nearest codes cost more, cheaper ones are made nearer, until they fit; where
+none fit, the step changes no code. Scales cost a little more where they become finer than the solver's.
+
+*How many.* Adam moves all latents at about the same speed, whatever their gradients say, and codes that change in the
+same step by the thousand undo one another's good. So only those latents are projected that have gone furthest, at
+most a small share of all in a step.
+
+*Codes on a trellis* (dependent quantization) are projected by Viterbi's algorithm every few steps, and stay what they
+were in between while their latents gather gradients. So they are on a path of the machine after every step, and what is
+trained meanwhile (scales, norms) is trained for them. The alternative, free integers on the fine grid and one pass of
+Viterbi's algorithm at the end, was not chosen: free codes cost about a bit more each, so that the last pass would undo
+what training did, with no step left to make up for it.
+
+*Light* training needs no gradient of a whole weight: with y = ((x . steps) Z^T) . rows, a step's gradient is a sum over
+tokens of x dL/dx, and a row's one of y dL/dy. It takes two products a layer instead of three.
+"""

@@ -1,0 +1,271 @@
+"""SQFCallback: the Trainer trains the factors of a compressed model."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from ..compress.rate import HEADER
+from ..runtime.sqf_backends import name_in
+from ..runtime.sqf_codec import ideal_bits
+from ..runtime.sqf_factors import Factors
+from ..runtime.sqf_model import compressed_modules
+from ..runtime.sqf_modules import SUFFIX, SQFModule
+from ..runtime.sqf_quantizer import TRAINERS
+from ..runtime.sqf_size import compressed_bytes
+from .distillation import watch
+from .factors import Options, TrainedTerm, TrainedWeight
+from .modules import PREFIX, TrainedModule, finish, start
+from .resuming import Keeper
+
+logger = transformers_logging.get_logger("transformers.hf_sqf")  # under transformers, so that its verbosity counts
+
+MODES = ("light", "latent", "hard")
+
+
+class SQFCallback(TrainerCallback):
+    """Pass one to a Trainer with a compressed model, and ``train()`` trains the factors.
+
+    The model is made trainable when the Trainer is built, and is an ordinary compressed model again when training
+    ends; so is every checkpoint, at any time. A second ``train()`` goes on from there.
+
+    Scales train well at a learning rate of 2e-3 with Adam; what training logs is ``bits`` (per weight, of all that is
+    trained), ``sparsity``, and ``codes_changed`` (per step, in share of all). The log history has them, and callbacks
+    that come after this one: for TensorBoard, say, ``callbacks=[SQFCallback(), TensorBoardCallback()]`` with
+    ``report_to="none"``.
+
+    Args:
+        mode: ``"light"`` trains scales alone: codes and dictionaries stay. ``"latent"`` trains codes and dictionaries,
+            too: floats from which the codes are projected after each step. ``"hard"`` does so with the parameters
+            themselves, and adds what the projection took from them at the next step.
+        train: which weights: ``"all"``, with all that is not compressed (norms, biases, new heads) but embeddings;
+            ``"light"``, the same with scales alone; or a regular expression, searched for in the names of weights and
+            of other parameters: what it does not match stays as it is.
+        resolution: least divisions of an octave in trained scales. The solvers have 16; finer scales take some bytes.
+        code_rate: how far codes move while the logarithm of a scale moves 1: the ratio of their learning rates.
+        every: optimizer steps from one projection of codes on a trellis to the next. In between, the codes are those
+            of the last one.
+        share: most of the codes that a step may change, those first whose latents have gone furthest; on a trellis a
+            few more have to go along.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        mode: str = "light",
+        train: str = "all",
+        resolution: int = 32,
+        code_rate: float = 5.0,
+        every: int = 8,
+        share: float = 0.002,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if not isinstance(train, str):
+            raise ValueError(f'train must be "all", "light" or a regular expression, got {train!r}')
+        try:
+            self._pattern = None if train in ("all", "light") else re.compile(train)
+        except re.error as error:
+            raise ValueError(f"train: {train!r} is not a regular expression: {error}") from error
+        for name, value, least in (("resolution", resolution, 1), ("every", every, 1), ("code_rate", code_rate, 0.0)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least or value == 0:
+                raise ValueError(f"{name} must be a number of {least or 'more than 0'} or more, got {value!r}")
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
+            raise ValueError(f"share must lie in (0, 1], got {share!r}")
+        codes = mode != "light" and train != "light"
+        self.mode, self.train = mode, train
+        self._options = Options(codes, mode == "hard", int(resolution), float(code_rate), int(every), float(share))
+        self._model: PreTrainedModel | None = None
+        self._modules: list[tuple[SQFModule, dict[str, TrainedWeight]]] = []
+        self._weights: list[TrainedWeight] = []
+        self._frozen: list[nn.Parameter] = []
+        self._keeper: Keeper | None = None
+        self._logged: tuple[int, int] = 0, 0  # step, and codes changed until then
+        TRAINERS.add(self)
+
+    # ------------------------------------------------------------------------------------------ start and end
+
+    def start(self, model: PreTrainedModel) -> None:
+        """Make a compressed model trainable, in place; the Trainer's start does it.
+
+        Raises:
+            ValueError: there is nothing to train.
+        """
+        if any(isinstance(module, TrainedModule) for module in model.modules()):
+            raise ValueError("the factors of this model are being trained already, by another SQFCallback")
+        found = [(name, module) for name, module in compressed_modules(model) if self._takes(name, module)]
+        if not found:
+            where = "" if self._pattern is None else f" whose name matches train={self.train!r}"
+            raise ValueError(f"the model has no compressed weight{where}: compress it first, see hf_sqf.compress")
+        known: dict[nn.Parameter, TrainedWeight] = {}
+        for _, module in found:
+            trained = {}
+            for name, held in module.held.items():
+                data: nn.Parameter = getattr(module, name + SUFFIX)
+                if data.is_meta:
+                    raise ValueError(f"{held.name} is offloaded: load the model without offloading to train it")
+                if data not in known:
+                    known[data] = TrainedWeight(
+                        held.name, module.factors(name), self._options, name_in(data.detach(), held.name)
+                    )
+                trained[name] = known[data]
+            self._modules.append((module, trained))
+        self._model, self._weights = model, list(known.values())
+        self._keeper = Keeper(self._terms())
+        self._install()
+
+    def _takes(self, name: str, module: SQFModule) -> bool:
+        return self._pattern is None or any(self._pattern.search(f"{name}.{weight}") for weight in module.held)
+
+    def _install(self) -> None:
+        assert self._model is not None
+        for module, trained in self._modules:
+            start(module, trained)
+        embeddings = _dense_embeddings(self._model) if self._pattern is None else set()
+        for name, parameter in self._model.named_parameters():
+            left_out = parameter in embeddings if self._pattern is None else not self._pattern.search(name)
+            if parameter.requires_grad and PREFIX not in name and left_out:
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
+        _restate(self._model, fidelity=None)  # what was measured is no longer what will be saved
+
+    def _terms(self) -> list[TrainedTerm]:
+        return [term for weight in self._weights for term in weight.all_terms()]
+
+    def finish(self) -> None:
+        """Turn the model into an ordinary compressed one again, with the factors as trained; the end of training does.
+
+        Call it where training ended with an exception. Does nothing if there is nothing to do.
+        """
+        if self._model is None or not self._started():
+            return
+        for module, _ in self._modules:
+            finish(module)  # type: ignore[arg-type]  # its class is another now
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen.clear()
+        if self._keeper is not None:
+            self._keeper.detach()
+        coverage = self._model.config.quantization_config.coverage or {}
+        if coverage.get("compressed"):
+            bits = 8.0 * compressed_bytes(self._model) / coverage["compressed"]
+            _restate(self._model, coverage={**coverage, "bits": round(bits, 4)})
+
+    def _started(self) -> bool:
+        return any(isinstance(module, TrainedModule) for module, _ in self._modules)
+
+    # ------------------------------------------------------------------------------------------ the Trainer's events
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Make the model trainable, before there is an optimizer.
+
+        Raises:
+            ValueError: the model or the arguments do not go with factors; says which and why.
+        """
+        model = kwargs["model"]
+        if getattr(model, "peft_config", None):
+            raise ValueError("adapters train without SQFCallback: leave it out, or train the factors without adapters")
+        if args.fsdp:
+            raise ValueError("fsdp shards parameters, and codes cannot be projected on shards: use DDP (torchrun)")
+        if args.deepspeed:
+            raise ValueError("deepspeed shards or offloads parameters, and codes cannot be projected there: use DDP")
+        if args.weight_decay:
+            raise ValueError(
+                f"weight_decay={args.weight_decay} would draw scales towards 1 and codes towards 0: set weight_decay=0"
+            )
+        self.start(model)
+        watch(model, args.gradient_accumulation_steps)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take what a checkpoint keeps of the latents from the optimizer's state."""
+        assert self._keeper is not None
+        if not self._started():  # a second train(): the optimizer has the same parameters still
+            for module, trained in self._modules:
+                for name, weight in trained.items():
+                    weight.read(module.factors(name))
+            self._install()
+        self._keeper.attach(kwargs["optimizer"])
+        self._logged = state.global_step, sum(term.changed for term in self._terms())
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Project the codes: from here on they are in their sets again."""
+        for weight in self._weights:
+            weight.project(state.global_step + 1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add to what training logs. Callbacks that report must come after this one to see it."""
+        if logs is None or "loss" not in logs or not self._started():
+            return
+        changed = sum(term.changed for term in self._terms())
+        steps = max(state.global_step - self._logged[0], 1)
+        figures = self.figures()
+        figures["codes_changed"] = (changed - self._logged[1]) / steps / max(self._codes(), 1)
+        self._logged = state.global_step, changed
+        logs.update(figures)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(figures)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave an ordinary compressed model."""
+        self.finish()
+
+    # ------------------------------------------------------------------------------------------ figures
+
+    def _codes(self) -> int:
+        return sum(term.term.codes.numel() for term in self._terms())
+
+    def figures(self) -> dict[str, float]:
+        """Return ``bits`` per weight and ``sparsity`` of all that is trained, as the coder's models have it."""
+        bits, parameters, zeros, codes = 0.0, 0, 0.0, 0
+        for weight in self._weights:
+            parameters += sum(m * n for m, n in weight.shapes)
+            for trained in weight.all_terms():
+                term = trained.current()
+                scales = sum(ideal_bits(q[None].cpu().numpy()) for q in (term.rows, term.steps))
+                bits += HEADER + trained.coded_bits() + scales
+                count = term.codes.shape[0] * term.atom_count
+                zeros += count * Factors((1, 1), "", (term,)).sparsity
+                codes += count
+        return {"bits": bits / max(parameters, 1), "sparsity": zeros / max(codes, 1)}
+
+
+def _dense_embeddings(model: PreTrainedModel) -> set[nn.Parameter]:
+    """Return the embeddings, tied to a head or not, that are not compressed: a scale's learning rate is not theirs."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    found = [module._parameters.get("weight") for module in (*modules, model.get_output_embeddings()) if module]
+    return {parameter for parameter in found if parameter is not None}
+
+
+def _restate(model: PreTrainedModel, **changes: Any) -> None:
+    """Change fields of a model's own config of compression: of a copy, since configs are shared."""
+    config = copy.copy(model.config.quantization_config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model.config.quantization_config = config
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.quantization_config = config

@@ -1,0 +1,200 @@
+"""Fine-tuning of a compressed language model's factors by distillation: KL divergence before, on the way, and after.
+
+    python recipes/distill_lm.py MODEL --calibration TEXT --dev TEXT [--mode light] [--steps 70] [--bits 2.05]
+
+The linear layers of the blocks are compressed, calibrated on the first text; then the factors are trained on it, with
+the original as the teacher. The KL divergence is that of the original's predictions from the compressed model's, in
+nats per token, on non-overlapping sequences of the second text. Figures and curve are kept in
+``results/distill_lm_<mode>.json`` and ``.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from calibrated_lm import Divergence, cut
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+import hf_sqf
+from hf_sqf import SQFCallback, SQFConfig, compress, distillation_loss, size_report
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Curve(TrainerCallback):
+    """Measures the divergence every few steps, and ends training when its time is up."""
+
+    def __init__(self, measure: Divergence, every: int, minutes: float) -> None:
+        self.measure, self.every, self.seconds = measure, every, 60.0 * minutes
+        self.points: list[dict[str, float]] = []
+        self.spent = 0.0
+        self._since = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock: measuring does not count."""
+        self._since = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure, where it is time to."""
+        self.spent += time.monotonic() - self._since
+        late = self.spent >= self.seconds
+        if state.global_step % self.every == 0 or late:
+            model = kwargs["model"].eval()
+            with torch.no_grad():
+                nats = self.measure.of(model)
+            self.points.append({"step": state.global_step, "seconds": round(self.spent, 1), "kl": nats})
+            print(self.points[-1], flush=True)
+        control.should_training_stop = control.should_training_stop or late
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("model", help="folder, or id on the Hub")
+    parser.add_argument("--calibration", type=Path, required=True, help="text to calibrate and train on")
+    parser.add_argument("--dev", type=Path, required=True, help="text of the same kind to measure on")
+    parser.add_argument("--bits", type=float, default=2.05)
+    parser.add_argument("--structure", default="grid")
+    parser.add_argument("--trellis", type=int, default=64, help="states of dependent quantization; 0 for none")
+    parser.add_argument("--mode", default="light", choices=("light", "latent", "hard"))
+    parser.add_argument("--code-rate", type=float, default=5.0)
+    parser.add_argument("--share", type=float, default=0.002, help="most of the codes that a step may change")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--minutes", type=float, default=45.0, help="most that training may take")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=2, help="sequences a step")
+    parser.add_argument("--samples", type=int, default=32, help="sequences to calibrate on")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the dev text to measure on before and after")
+    parser.add_argument("--watched", type=int, default=2048, help="of them on the way")
+    parser.add_argument("--every", type=int, default=10, help="steps between two measurements")
+    parser.add_argument("--compressed", type=Path, help="folder to keep the compressed model in, or to take it from")
+    parser.add_argument("--keep", type=Path, help="of the results, without suffix")
+    return parser.parse_args()
+
+
+def compressed_model(args: argparse.Namespace, tokenizer: Any) -> PreTrainedModel:  # noqa: ANN401
+    """Return the calibrated, compressed model; a folder that has it already is read."""
+    if args.compressed is None or not (args.compressed / "config.json").exists():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model)
+        text = args.calibration.read_text("utf-8")
+        config = SQFConfig(
+            bits=args.bits,
+            structure=args.structure,
+            trellis=args.trellis or None,
+            include_embeddings=False,
+            dataset=[text],
+            tokenizer=tokenizer,
+            samples=args.samples,
+            context=args.context,
+        )
+        model = compress(model.eval(), config)
+        if args.compressed is None:
+            return model
+        model.save_pretrained(args.compressed)
+    return AutoModelForCausalLM.from_pretrained(args.compressed)
+
+
+def draw(points: list[dict[str, float]], title: str, path: Path) -> None:
+    """Draw the divergence against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.plot([p["step"] for p in points], [p["kl"] for p in points], marker="o")
+    axes.set(xlabel="optimizer steps", ylabel="KL divergence, nats per token", title=title, ylim=(0, None))
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Compress, measure, train, measure."""
+    args = arguments()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    teacher = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    dev = cut(args.dev.read_text("utf-8"), tokenizer, args.context, args.tokens)
+    whole, some = Divergence(teacher, dev), Divergence(teacher, dev[: max(1, args.watched // args.context)])
+    model = compressed_model(args, tokenizer)
+    before, start, size = whole.of(model), some.of(model), size_report(model)
+    print(f"{size.bits_per_weight:.3f} bits, {size.total_bytes:,} bytes, KL {before:.4f}", flush=True)
+
+    sequences: Tensor = cut(args.calibration.read_text("utf-8"), tokenizer, args.context, 1 << 30)
+    curve = Curve(some, args.every, args.minutes)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                folder,
+                max_steps=args.steps,
+                per_device_train_batch_size=args.batch,
+                learning_rate=args.learning_rate,
+                lr_scheduler_type="cosine",
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+            train_dataset=[{"input_ids": ids, "labels": ids} for ids in sequences],
+            callbacks=[SQFCallback(args.mode, code_rate=args.code_rate, share=args.share), curve],
+            compute_loss_func=distillation_loss(teacher),
+        )
+        trainer.train()
+        trainer.save_model(folder)
+        small = AutoModelForCausalLM.from_pretrained(folder)
+    after, tuned = whole.of(small), size_report(small)
+    steps = trainer.state.global_step
+    packages = {name: version(name) for name in ("torch", "transformers", "numba")}
+    record = {
+        "model": args.model.rstrip("/").split("/")[-1],
+        "mode": args.mode,
+        "bits": [size.bits_per_weight, tuned.bits_per_weight],
+        "bytes": [size.total_bytes, tuned.total_bytes],
+        "kl": [before, after],
+        "steps": steps,
+        "seconds_per_step": curve.spent / max(steps, 1),
+        "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "tokens": {"step": args.batch * args.context, "dev": dev.numel(), "curve": some.sequences.numel()},
+        "options": {name: str(value) for name, value in vars(args).items() if not isinstance(value, Path)},
+        "curve": [{"step": 0, "seconds": 0.0, "kl": start}, *curve.points],
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "made": {"date": str(date.today()), "python": platform.python_version(), "hf_sqf": hf_sqf.__version__}
+        | packages
+        | {"threads": torch.get_num_threads(), "machine": platform.machine()},
+    }
+    record["options"]["model"] = record["model"]
+    keep = args.keep or RESULTS / f"distill_lm_{args.mode}"
+    keep.parent.mkdir(exist_ok=True)
+    keep.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    title = f"{record['model']}, {tuned.bits_per_weight:.2f} bits, {args.mode}: {before:.3f} to {after:.3f}"
+    draw(record["curve"], title, keep.with_suffix(".png"))
+    print(f"KL {before:.4f} to {after:.4f}, {size.total_bytes:,} to {tuned.total_bytes:,} bytes, {steps} steps")
+
+
+if __name__ == "__main__":
+    main()
