@@ -168,21 +168,26 @@ model.push_to_hub("me/small")  # finds the original in the cache and compares wi
     assert len(card.data.eval_results) == 3
 
 
-def test_trainer_pushes_what_loads(hub: HubServer, run):
-    """With ``push_to_hub=True``; that a Trainer accepts compressed models only to train something is not the point."""
+def test_trainer_trains_pushes_and_what_it_pushed_loads(hub: HubServer, run):
+    """With ``push_to_hub=True``, at the end of training and of every epoch."""
     run(
         MADE
         + """
-from unittest import mock
 from transformers import Trainer, TrainingArguments
+from hf_sqf import SQFCallback
 made()[0].save_pretrained("base")
 model = AutoModelForCausalLM.from_pretrained("base")
-arguments = TrainingArguments("out", push_to_hub=True, hub_model_id="me/trained", report_to=[], use_cpu=True)
-with mock.patch("transformers.trainer.validate_quantization_for_training"):
-    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": list(range(8)), "labels": list(range(8))}])
+before = model(tokens).logits
+arguments = TrainingArguments(
+    "out", push_to_hub=True, hub_model_id="me/trained", report_to=[], use_cpu=True, max_steps=4, learning_rate=0.05
+)
+data = [{"input_ids": list(range(8)), "labels": list(range(8))}] * 8
+trainer = Trainer(model, arguments, train_dataset=data, callbacks=[SQFCallback()])
+trainer.train()
 trainer.push_to_hub()
 loaded = AutoModelForCausalLM.from_pretrained("me/trained")
 assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+assert not torch.equal(model(tokens).logits, before)
 assert [fault.where for fault in verify("me/trained")] in ([], ["training_args.bin"])
 """
     )
