@@ -150,6 +150,8 @@ def arguments() -> argparse.Namespace:
         default=[2.1, 2.4, 2.8, 3.2],
         help="bits at which to compress without a trellis, too: what it saves is a row of the table",
     )
+    parser.add_argument("--scalar-structure", default="pgd", help="without a trellis; pgd is the grid with a dead zone")
+    parser.add_argument("--only-trellis", action="store_true", help="leave out the baselines and the embeddings")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=8192, help="to measure on, of each text")
@@ -196,7 +198,7 @@ def main() -> None:
 
     calibration = args.calibration.read_text("utf-8")
     moments = input_moments(model, cut(calibration, tokenizer, args.context, args.samples * args.context))
-    for bits in (4, 3):
+    for bits in () if args.only_trellis else (4, 3):
         for method in ("round to nearest, groups of 64", "GPTQ, groups of 64"):
             started, model = time.monotonic(), load()
             for name, linear in block_linears(model).items():
@@ -217,8 +219,8 @@ def main() -> None:
     lines.append(f"statistics: {time.monotonic() - started:.0f} s")
     linears: dict[str, object] = {"include_embeddings": False}
     asked = [{"bits": bits, **linears} for bits in args.bits]
-    asked += [{"bits": bits, "trellis": None, **linears} for bits in args.scalar]
-    asked += [{"target_size": args.target_size}]
+    asked += [{"bits": bits, "trellis": None, "structure": args.scalar_structure, **linears} for bits in args.scalar]
+    asked += [] if args.only_trellis else [{"target_size": args.target_size}]
     curves: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
     for options in asked:
         started, model = time.monotonic(), load()
@@ -227,7 +229,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        method = f"hf_sqf, {args.structure}"
+        method = f"hf_sqf, {options.get('structure', args.structure)}"
         method += ", scalar" * ("trellis" in options) + ", with embeddings" * ("bits" not in options)
         rate = model.config.quantization_config.coverage["bits"]
         divergences = note(method, rate, size, model, seconds)
