@@ -28,7 +28,7 @@ from .structures import (
 from .two_factor import Blocks, solve_two_factor
 
 ALIKE = ("pgd", "svd", "sparse_pca")
-"""Structures from the same start."""
+"""Structures from the same start, which differ little: too little for a sample to tell, which takes the first."""
 SAMPLE = 1 << 20
 """Entries of a weight that the structures are compared on, or more where rows are long:"""
 ROWS_TO_COLUMNS = 4
@@ -55,7 +55,8 @@ def _contest(problem: Problem) -> tuple[Solution, Solver]:
     scalar = problem.least(solution for solution, _ in found[:2])  # predictions are for scalar codes
     cuts = blocks_to_ask(problem)
     for blocks in blocks_that_may_pay(cuts, scalar):
-        found += [(solve_two_factor(blocks, name), partial(_two_factor, blocks.width, name)) for name in ALIKE]
+        names = ALIKE if problem.stands_for == 1.0 else ALIKE[:1]
+        found += [(solve_two_factor(blocks, name), partial(_two_factor, blocks.width, name)) for name in names]
     best = problem.least(solution for solution, _ in found)
     whole = next((b for b in cuts if b.count == 1), None) or Blocks(problem)
     if sum_may_pay(whole, rounded, best):

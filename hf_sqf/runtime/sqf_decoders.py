@@ -179,7 +179,8 @@ class _Vectors:
         self.symbol = table.astype(np.uint8)
         self.frequency = (table >> 8 & _SLOT).astype(np.int64)
         self.offset = (table >> 20).astype(np.int64)
-        self.slot = contexts.class_index() << PROBABILITY_BITS  # becomes the slot of every symbol
+        self.slot = contexts.class_index()  # becomes the slot of every symbol
+        np.left_shift(self.slot, PROBABILITY_BITS, out=self.slot)
         if contexts.machine is not None:
             self.base = contexts.machine.grid.astype(np.int64) * (contexts.classes * TOTAL)
             self.step = contexts.machine.next_state.reshape(-1).astype(np.uint8)

@@ -60,7 +60,11 @@ class Contexts:
 
     def class_index(self) -> np.ndarray:
         """int64 (m * n,): each symbol's class."""
-        return np.clip(np.add.outer(self.rows, self.cols), 0, self.classes - 1).astype(np.int64).reshape(-1)
+        index = np.add.outer(self.rows.astype(np.int64), self.cols.astype(np.int64)).reshape(-1)
+        low, high = (int(f(self.rows)) + int(f(self.cols)) for f in (np.min, np.max))
+        if low < 0 or high >= self.classes:
+            np.clip(index, 0, self.classes - 1, out=index)
+        return index
 
     def select(self, first: int, last: int) -> Contexts:
         """Return the contexts of the rows ``first..last``."""
