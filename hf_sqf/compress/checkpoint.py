@@ -66,7 +66,7 @@ def compress_checkpoint(
                 shutil.rmtree(made)
             model.save_pretrained(made)
             copy_companions(model, made)
-            (partial / _COMPLETE).write_text(json.dumps(_files(made)))
+            workspace.write(_COMPLETE, json.dumps(_files(made)).encode())
             if target.exists():
                 target.rmdir()
             os.replace(made, target)

@@ -67,7 +67,7 @@ class Workspace:
                 said = "; ".join(f"{t} was {before.get(t)}, is {job.get(t)}" for t in differing)
                 raise ValueError(f"{self.folder} holds the results of another run: {said}. resume=False deletes them")
         else:
-            self._write(path, json.dumps(job, indent=1).encode())
+            self.write(_JOB, json.dumps(job, indent=1).encode())
 
     def __enter__(self) -> Workspace:
         return self
@@ -90,7 +90,7 @@ class Workspace:
 
     def put(self, weight: str, step: float, packed: Tensor) -> Tensor:
         """Keep the packed bytes of a weight at a noise step; return them mapped from their file."""
-        self._write(self._path(weight, step), packed.numpy().tobytes())
+        self.write(self._path(weight, step).name, packed.numpy().tobytes())
         found = self.get(weight, step)
         assert found is not None
         return found
@@ -105,6 +105,12 @@ class Workspace:
         found.save(self.folder / f"{_STATISTICS}.part")
         self._settle(self.folder / f"{_STATISTICS}.part", self.folder / _STATISTICS)
 
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file of the folder: it is there as a whole or not at all."""
+        beside = self.folder / f"{name}.part"
+        beside.write_bytes(data)
+        self._settle(beside, self.folder / name)
+
     def remove(self) -> None:
         """Delete the folder with all results."""
         self._lock.release()
@@ -112,11 +118,6 @@ class Workspace:
 
     def _path(self, weight: str, step: float) -> Path:
         return self.folder / f"{hashlib.sha256(f'{weight} {step.hex()}'.encode()).hexdigest()[:32]}.sqf"
-
-    def _write(self, path: Path, data: bytes) -> None:
-        beside = path.with_suffix(".part")
-        beside.write_bytes(data)
-        self._settle(beside, path)
 
     @staticmethod
     def _settle(beside: Path, path: Path) -> None:
