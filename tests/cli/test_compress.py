@@ -162,7 +162,9 @@ def test_an_interrupt_leaves_nothing(minilm: Path, tmp_path: Path):
     """Ctrl-C while weights are compressed, by all structures in turn, which takes minutes."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     arguments = [*command_line(), "compress", str(minilm), str(tmp_path / "small"), "--bits", "3"]
-    with subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+    # A shell's background job ignores Ctrl-C, and so would the process that it starts.
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **heeds) as running:
         assert running.stderr is not None
         said = b""
         while b"Compressing weights" not in said and running.poll() is None:
