@@ -135,7 +135,7 @@ def speeds(codes: np.ndarray) -> dict[str, float]:
     data, raw = encode_integers(codes), codes.tobytes()
     small = zstandard.ZstdCompressor(level=19).compress(raw)
     found = {
-        "memcpy": rate(codes.copy, codes.size),
+        "memcpy": rate(lambda: [codes.copy() for _ in range(64)], 64 * codes.size),  # one is below the clock's tick
         "zstd -19": rate(lambda: zstandard.ZstdDecompressor().decompress(small), codes.size),
         "encode, numba": rate(lambda: encode_integers(codes), codes.size),
     }

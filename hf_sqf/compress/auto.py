@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from .mapped import trim
 from .prediction import atoms_before_grid
 from .solution import Problem, Solution
 from .structures import (
@@ -44,7 +45,11 @@ def solve_auto(problem: Problem) -> Solution:
     columns = min(problem.weight.shape[1], LARGEST_SPECTRUM)  # wider ones are not asked for their spectrum
     few = problem.sample(max(SAMPLE, ROWS_TO_COLUMNS * columns * columns))
     found, solver = _contest(few)
-    return found if few is problem else solver(problem)
+    if few is problem:
+        return found
+    del found
+    trim()
+    return solver(problem)
 
 
 def _contest(problem: Problem) -> tuple[Solution, Solver]:

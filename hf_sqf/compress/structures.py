@@ -88,6 +88,7 @@ def solve_sum(problem: Problem, first: str, second: str, blocks: Blocks | None =
     head = low_rank(blocks or Blocks(problem, problem.width)) if first == "svd" else SOLVERS[first](problem)
     rest = replace(problem, weight=head.factors.dense().neg_().add_(problem.weight))
     tail = sparse_grid(rest) if second == "grid" and not problem.trellis else SOLVERS[second](rest)
+    del rest  # as large as the weight
     used = tuple(t for t in (*head.factors.terms, *tail.factors.terms) if t.one_hot or t.nonzeros)
     factors = Factors(tail.factors.shape, f"{first}+{second}", used or tail.factors.terms)
     distortion = problem.metric.distance(problem.weight, factors)

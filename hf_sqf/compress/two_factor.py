@@ -23,6 +23,7 @@ from ..runtime.sqf_factors import FINE, Factors, Term, log_scale, nearest_log_sc
 from .dependent import FINE_STEP, chunk_along_trellis
 from .gradient import Descent, Inner, gradient_step, gram, least_squares_codes, nearest_atom, projected_gradient, weigh
 from .grid import RESOLUTION, grid_scales, narrow
+from .mapped import trim
 from .metric import Metric
 from .prediction import atoms_that_pay
 from .prices import prices_of, round_at_price
@@ -197,8 +198,12 @@ def solve_two_factor(blocks: Blocks, structure: str, count: CountAtoms = atoms_t
     if len(x) < blocks.rows:
         codes = torch.cat([_encode(part, atoms, kind, H) for part in blocks.chunks()])
     terms = [_term(codes, atoms, steps, blocks)]
+    del codes
     if blocks.problem.trellis and kind.free and terms[0].nonzeros:
         terms.append(_along_trellis(blocks, terms[0]))
+        if len(x) < blocks.rows:
+            del terms[0]  # a trellis pays on large weights, and two solutions of one take memory
+        trim()
     return blocks.problem.least(_solution(blocks, structure, term, found, kind) for term in terms)
 
 

@@ -117,7 +117,7 @@ def _follow(values: np.ndarray, trellis: int) -> tuple[np.ndarray, np.ndarray]:
     """Return codes and grids along the paths of a machine that starts anew at each chunk."""
     states_machine = machine(trellis)
     # A code is about half its point in size.
-    width = np.int8 if values.dtype == np.int8 else np.int32
+    width = values.dtype if values.dtype in (np.int8, np.int16) else np.dtype(np.int32)
     codes, groups = np.empty(values.shape, width), np.empty(values.shape, np.uint8)
     for rows in chunks(*values.shape):
         try:
