@@ -17,7 +17,7 @@ import sys
 
 TYPE_CHECKING = False  # typing's own would have to be imported
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
@@ -30,21 +30,29 @@ def install() -> None:
     """Have the method announced as soon as transformers' quantizers are imported. Never raises."""
     if os.environ.get(SWITCH, "1").lower() in ("0", "false", "no", "off"):
         return
-    module = sys.modules.get(WATCHED)
+    when_imported(WATCHED, announce)
+
+
+def when_imported(name: str, call: Callable[[ModuleType], None]) -> None:
+    """Call with a module once it has been imported: at once if it has been already. Asked again, it does no more."""
+    module = sys.modules.get(name)
     if module is not None:
-        announce(module)
-    elif not any(isinstance(finder, Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Watcher())
+        call(module)
+    elif not any(isinstance(finder, Watcher) and finder.watched == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, Watcher(name, call))
 
 
 class Watcher:
-    """Finds nothing itself; lets one module be found as ever, and calls :func:`announce` once it has run."""
+    """Finds nothing itself; lets one module be found as ever, and calls with it once it has run."""
+
+    def __init__(self, watched: str, call: Callable[[ModuleType], None]) -> None:
+        self.watched, self.call = watched, call
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return None for every module but the one that is watched."""
-        if fullname != WATCHED:
+        if fullname != self.watched:
             return None
         sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
         spec = importlib.util.find_spec(fullname)
@@ -54,7 +62,7 @@ class Watcher:
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            announce(module)
+            self.call(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..compress.companions import beside_weights, carry_files
 from ..hub.card import megabytes, write_card
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_size import file_bytes
 from .folders import refuse_overwriting, whole_folder
-from .originals import auto_class_for, beside_weights, card_of, carry_files, ordinary_config
+from .originals import auto_class_for, card_of, ordinary_config
 from .texts import calibration_texts
 
 

@@ -12,11 +12,12 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig, PreTrainedModel
 
 from ..compress.calibration_data import spread
+from ..compress.companions import beside_weights
 from ..hub.card import write_card
 from ..hub.checking import CONTEXT, check, tokenizer_of
 from ..hub.fetching import folder_of
 from ..runtime.sqf_size import file_bytes
-from .originals import auto_class_for, beside_weights, card_of, ordinary_config
+from .originals import auto_class_for, card_of, ordinary_config
 from .texts import read_texts
 
 Row = dict[str, Any]

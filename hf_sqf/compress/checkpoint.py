@@ -12,16 +12,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..runtime.sqf_config import SQFConfig
+from .companions import beside_weights, carry_files
 from .model import compress
 from .statistics import Statistics, fingerprint
 from .workspace import Workspace
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.index.json")
-_MADE = ("config.json", "generation_config.json", "README.md")
 _COMPLETE = "complete.json"
 _VERSION = 1  # of the results of a run that go into a workspace: raised when the same job gives other bytes
 
@@ -65,7 +63,7 @@ def compress_checkpoint(
             if made.exists():
                 shutil.rmtree(made)
             model.save_pretrained(made)
-            copy_companions(model, made)
+            carry_files(beside_weights(str(source)), made)
             workspace.write(_COMPLETE, json.dumps(_files(made)).encode())
             if target.exists():
                 target.rmdir()
@@ -121,15 +119,3 @@ def _data_of(config: SQFConfig) -> str:
     else:
         raise ValueError("dataset: a run that may be resumed takes a list of texts, a name, or statistics= from a file")
     return f"{data}, samples {config.samples}, context {config.context}, own text {config.own_text}"
-
-
-def copy_companions(model: PreTrainedModel, target: Path) -> None:
-    """Copy what lies beside the weights of a model's source, the files of its tokenizer for instance."""
-    name = str(model.name_or_path)
-    source = Path(name)
-    if not source.is_dir():
-        source = Path(snapshot_download(name, ignore_patterns=[*_WEIGHTS, *_MADE]))
-    for file in sorted(file for file in source.iterdir() if file.is_file()):
-        made = file.name in _MADE or any(file.match(pattern) for pattern in _WEIGHTS)
-        if not made and not (target / file.name).exists():
-            shutil.copyfile(file, target / file.name)

@@ -203,7 +203,7 @@ def solve_two_factor(blocks: Blocks, structure: str, count: CountAtoms = atoms_t
         terms.append(_along_trellis(blocks, terms[0]))
         if len(x) < blocks.rows:
             del terms[0]  # a trellis pays on large weights, and two solutions of one take memory
-        trim()
+            trim()
     return blocks.problem.least(_solution(blocks, structure, term, found, kind) for term in terms)
 
 

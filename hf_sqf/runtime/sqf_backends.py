@@ -72,7 +72,7 @@ def packed_bytes(data: Tensor) -> Tensor:
     packed = known[1]() if known is not None and known[0] == _state(data) else None
     if packed is None:
         matrices = [f.to("cpu") for f in resident_factors(data.detach())]
-        packed = pack(matrices, name_in(data.detach())).to(data.device)
+        packed = pack(matrices, resident_name(data.detach())).to(data.device)
         _packed_again[data] = _state(data), weakref.ref(packed)
     return packed
 
@@ -86,10 +86,15 @@ def bytes_for(data: Tensor, runtime: str, name: str = "weight") -> Tensor:
     runtime = choose(runtime, data.device)
     if runtime not in _RESIDENT:
         return packed_bytes(data)
-    backend, size = resident_backend(data) if is_resident(data) else ("", data.numel())
-    if backend == runtime:
-        return data
-    return lay_out([f.to("cpu") for f in factors_in(data, name)], runtime, size, name_in(data, name)).to(data.device)
+    if is_resident(data):
+        backend, size = resident_backend(data)
+        if backend == runtime:
+            return data
+        matrices, weight = resident_factors(data), resident_name(data)
+    else:
+        found, size = records(data, name), data.numel()
+        matrices, weight = [record.factors() for record in found], next((r.weight for r in found), "")
+    return lay_out([f.to("cpu") for f in matrices], runtime, size, weight).to(data.device)
 
 
 class Streamed(Running):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -62,13 +62,14 @@ class TermHeader:
 
 @dataclass(frozen=True)
 class Record:
-    """One matrix as it lies in the bytes, not decoded yet."""
+    """One matrix as it lies in the bytes, not decoded yet; ``weight`` is the name that it was packed with."""
 
     shape: tuple[int, int]
     structure: str
     terms: tuple[TermHeader, ...]
     size: int
     name: str = field(repr=False)
+    weight: str = ""
 
     def factors(self, backend: str = "auto", device: torch.device | str = "cpu") -> Factors:
         """Decode the whole matrix, to the CPU.
@@ -217,7 +218,7 @@ def records(
         ValueError: not such bytes, damaged, newer than this version, or of another shape; names the tensor.
     """
     try:
-        return _read(_view(data), name, expected_shape)[0]
+        return _read(_view(data), name, expected_shape)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -228,10 +229,7 @@ def weight_name(data: Tensor | bytes | memoryview, name: str = "weight") -> str:
     Raises:
         ValueError: not such bytes, damaged, or newer than this version; names the tensor.
     """
-    try:
-        return _read(_view(data), name, None)[1]
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    return next((record.weight for record in records(data, name)), "")
 
 
 def unpack(
@@ -253,7 +251,7 @@ def _view(data: Tensor | bytes | memoryview) -> memoryview:
     return np.ascontiguousarray(_numpy(data)).data
 
 
-def _read(data: memoryview, name: str, expected_shape: tuple[int, int] | None) -> tuple[list[Record], str]:
+def _read(data: memoryview, name: str, expected_shape: tuple[int, int] | None) -> list[Record]:
     if len(data) < _PREFIX or bytes(data[: len(MAGIC)]) != MAGIC:
         raise ValueError("this is not a compressed weight")
     if data[len(MAGIC)] > VERSION:
@@ -279,7 +277,7 @@ def _read(data: memoryview, name: str, expected_shape: tuple[int, int] | None) -
     for record in found:
         if expected_shape is not None and record.shape != tuple(expected_shape):
             raise ValueError(f"the weight has shape {record.shape}, but the model expects {tuple(expected_shape)}")
-    return found, weight
+    return [replace(record, weight=weight) for record in found] if weight else found
 
 
 def _read_record(data: memoryview, name: str) -> Record:

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .sqf_backends import bytes_for, factors_in, matrices_in, packed_bytes
 from .sqf_config import check_runtime
-from .sqf_container import records, weight_name
+from .sqf_container import Record, records
 from .sqf_factors import Factors
 from .sqf_product import linear, matrix, plain, product, rows
 from .sqf_resident import is_resident, resident_backend
@@ -126,9 +126,8 @@ class SQFModule(nn.Module):
         Raises:
             ValueError: as for :meth:`factors`.
         """
-        data, tensor = self._bytes(name).detach().cpu(), self.held[name].name
-        self._checked(name, records(data, tensor))
-        return weight_name(data, tensor)
+        found: list[Record] = self._checked(name, records(self._bytes(name).detach().cpu(), self.held[name].name))
+        return next((record.weight for record in found), "")
 
     def _checked(self, name: str, found: list[Any]) -> list[Any]:
         held = self.held[name]

@@ -7,15 +7,15 @@ adapter would be lost, and nothing said. So merging into compressed weights is r
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, wraps
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 from torch import nn
+
+from hf_sqf_autoload import when_imported
 
 from ..runtime.sqf_modules import SQFModule
 
@@ -29,32 +29,7 @@ REFUSED = (
 
 def guard() -> None:
     """Have PEFT refuse to merge into compressed weights; waits for PEFT where it is not imported yet."""
-    module = sys.modules.get(WATCHED)
-    if module is not None:
-        _guard(module)
-    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watcher())
-
-
-class _Watcher:
-    """Finds nothing itself; lets one module be found as ever, and guards PEFT once it has run."""
-
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:  # noqa: ANN401
-        """Return None for every module but the one that is watched."""
-        if fullname != WATCHED:
-            return None
-        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            _guard(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+    when_imported(WATCHED, _guard)
 
 
 def _guard(module: ModuleType) -> None:

@@ -23,6 +23,12 @@ def problem(weight, step=0.2, metric=None, **options):
     return Problem(weight, metric or Metric.relative(weight), step, **options)
 
 
+def mixed(m, n):
+    """Return a metric in which columns go together and rows differ, for weights (m, n)."""
+    mix = torch.randn(n, n, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return Metric(mix @ mix.T / n + 0.1 * torch.eye(n), torch.linspace(0.5, 2.0, m))
+
+
 def test_svd_finds_the_rank_and_nears_its_error():
     weight = low_rank()
     found = solve_two_factor(Blocks(problem(weight)), "svd")
@@ -68,11 +74,7 @@ def test_vq_finds_repeated_blocks():
 @pytest.mark.parametrize("metric", [False, True])
 def test_any_shape_metric_and_block(structure, width, metric):
     weight = low_rank(30, 20, 4, 0.3)
-    how = None
-    if metric:
-        mix = torch.randn(20, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        how = Metric(mix @ mix.T / 20 + 0.1 * torch.eye(20), torch.linspace(0.5, 2.0, 30))
-    case = problem(weight, 0.5, how)
+    case = problem(weight, 0.5, mixed(30, 20) if metric else None)
     found = solve_two_factor(Blocks(case, width), structure)
     dense = found.factors.dense()
     assert dense.shape == (30, 20) and torch.isfinite(dense).all()
@@ -111,11 +113,7 @@ def test_large_weights_learn_on_a_sample(monkeypatch):
 @pytest.mark.parametrize("metric", [False, True])
 def test_codes_over_a_dictionary_along_a_trellis(structure, width, metric):
     weight = low_rank(900, 24, 8, 0.1)
-    how = None
-    if metric:
-        mix = torch.randn(24, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        how = Metric(mix @ mix.T / 24 + 0.1 * torch.eye(24), torch.linspace(0.5, 2.0, 900))
-    case = problem(weight, 0.3, how)
+    case = problem(weight, 0.3, mixed(900, 24) if metric else None)
     scalar = solve_two_factor(Blocks(case, width), structure)
     found = solve_two_factor(Blocks(replace(case, trellis=8), width), structure)
     (term,) = found.factors.terms

@@ -20,7 +20,8 @@ def _clean(monkeypatch: pytest.MonkeyPatch):
 
 
 def watchers() -> list[object]:
-    return [finder for finder in sys.meta_path if isinstance(finder, hf_sqf_autoload.Watcher)]
+    found = [finder for finder in sys.meta_path if isinstance(finder, hf_sqf_autoload.Watcher)]
+    return [finder for finder in found if finder.watched == hf_sqf_autoload.WATCHED]
 
 
 def test_costs_less_than_five_milliseconds():
