@@ -26,10 +26,10 @@ _REMAINDER = {INT4: 0.025, INT8: 0.01}
 """Share of codes that may go to the remainder, at four bytes each."""
 _SPARSE = 0.04
 """Share of nonzeros up to which a sparse product is the faster one."""
-FEW = {NONE: 8, INT4: 16, INT8: 32, INT16: 16, INT32: 0}
+FEW = {NONE: 8, INT4: 48, INT8: 48, INT16: 24, INT32: 0}
 """Rows of input up to which multiplying the codes is faster than decoding them; recipes/speed.py measures it."""
-_TILE = 1 << 18
-"""Decoded entries that stay in a processor's own cache until they are multiplied."""
+_TILE = 1 << 21
+"""Entries that are decoded at a time: fewer make more and slower matrix products, more are new memory in each call."""
 _BLOCK = 1 << 20  # codes that are put into storage at a time
 _COMPILED = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 

@@ -12,7 +12,8 @@ it for the processors). Each row is summed by one thread in one order: results d
 
 Where the processor multiplies bytes (AVX512-VNNI), ``x o steps`` is cut into three signed bytes (a fixed point of 23
 bits below its largest entry) and the dot products are exact integers; elsewhere, and for 16-bit codes, they are sums
-in float32. Both stay within a few 1e-7 of float64, relative to the norm of y.
+in float32. Both stay within a few 1e-7 of float64, relative to the norm of y. For more than a few rows of x, codes of
+4 bits are cut in two once, and not for every four rows.
 
 Nothing here may be called where numba is missing; :mod:`sqf_integers` has a torch path.
 """
@@ -20,6 +21,7 @@ Nothing here may be called where numba is missing; :mod:`sqf_integers` has a tor
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -34,6 +36,7 @@ from .sqf_vectors import (
     INT16,
     LANES,
     NONE,
+    TALL,
     TILE,
     address_as,
     fetch,
@@ -46,7 +49,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = cfunc = types = None  # type: ignore[assignment]
 
-REVISION = 5
+REVISION = 7
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""
@@ -73,6 +76,9 @@ _LONGEST = 65536
 _FIRST_BYTES = 4096
 _THREAD_CODES = 1 << 16
 """Products that are worth a thread: waking one costs some microseconds."""
+_CUT_FROM = 8
+"""Rows of x from which it pays to cut a chunk's bytes of two codes first."""
+_LINES = math.lcm(TILE, TALL)  # rows of codes that leave no tile over
 _CHUNK_CODES = 1 << 15
 """Codes that a thread takes at a time, at least."""
 
@@ -103,6 +109,16 @@ def _to_bfloat16(bits: int) -> int:
 
 
 @jit
+def _cut(pairs: Any, codes: Any) -> None:  # noqa: ANN401
+    """Fill codes (n) with those of a row of bytes."""
+    low, high = codes[: len(pairs)], codes[len(pairs) :]
+    for k in range(len(low)):  # narrow integers at each step: numba's own 64 bits would make short vectors
+        low[k] = np.int8(np.int8((pairs[k] & np.int8(15)) ^ np.int8(8)) - np.int8(8))
+    for k in range(len(high)):
+        high[k] = np.int8(np.int8(pairs[k] + np.int8(8)) >> np.int8(4))
+
+
+@jit
 def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a nest of loops)
     """Fill the columns first..last of y."""
     call = carray(_int64(address), _CALL)
@@ -117,7 +133,13 @@ def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (
     exact = call[_TASK] == _BYTES
     most = (1 if kind == INT4 else 2) if exact else 4
     z_stride, x_stride = _row_bytes(kind, n), call[_INPUT_STRIDE]
-    sums, digits = np.zeros(16 * TILE, np.float32), np.zeros(16 * TILE, np.int32)  # written in whole vectors
+    cut = kind == INT4 and not exact and batch >= _CUT_FROM
+    panel = np.zeros((last - first) * n + SLACK if cut else 0, np.int8)
+    if cut:
+        for i in range(first, last):
+            _cut(carray(_int8(matrix[CODES] + i * z_stride), z_stride), panel[(i - first) * n : (i + 1 - first) * n])
+        kind, z_stride = INT8, n
+    sums, digits = np.zeros(16 * TALL, np.float32), np.zeros(16 * TALL, np.int32)  # written in whole vectors
     lines = np.zeros((most, last - first), np.float32)
     bits = lines.view(np.uint32)
     group = 0
@@ -125,9 +147,11 @@ def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (
         wide = most if batch - group >= most else 1
         i = first
         while i < last and kind != NONE:
-            tall = TILE if last - i >= TILE else 1
-            now = wide if tall == TILE else 1
-            z = matrix[CODES] + i * z_stride
+            tile = TALL if wide == 1 and not exact else TILE
+            tall = tile if last - i >= tile else 1
+            now = wide if tall == tile else 1
+            z_start = panel.ctypes.data - first * n if cut else matrix[CODES]  # here: so the panel lives until now
+            z = z_start + i * z_stride
             for b in range(0, wide, now):
                 inputs = call[_INPUTS] + (group + b) * x_stride
                 if exact:
@@ -181,22 +205,19 @@ def _decode_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a 
     steps, rows = carray(_float32(matrix[STEPS]), n), carray(_float32(matrix[ROWS]), m)
     starts, columns = carray(_int32(matrix[STARTS]), m + 1), carray(_uint16(matrix[COLUMNS]), 1)
     values, ids = carray(_int16(matrix[VALUES]), 1), carray(_int64(call[_IDS]), 1)
-    stride, half = _row_bytes(kind, n), (n + 1) // 2
-    line = np.zeros(2 * half, np.float32)
+    stride = _row_bytes(kind, n)
+    line, octets = np.zeros(n, np.float32), np.zeros(n, np.int8)
     bits = line.view(np.uint32)
     for i in range(first, last):
         row = ids[i] if call[_IDS] != 0 else call[_FIRST] + i
         z = matrix[CODES] + row * stride
         if kind == INT4:
-            pairs = carray(_int8(z), half)
-            for k in range(half):
-                low = ((pairs[k] & 15) ^ 8) - 8
-                line[k] = np.float32(low)
-                line[k + half] = np.float32((pairs[k] - low) >> 4)
-        elif kind == INT8:
-            octets = carray(_int8(z), n)
+            _cut(carray(_int8(z), stride), octets)
+            z = octets.ctypes.data
+        if kind in (INT4, INT8):
+            narrow = carray(_int8(z), n)
             for k in range(n):
-                line[k] = np.float32(octets[k])
+                line[k] = np.float32(narrow[k])
         elif kind == INT16:
             words = carray(_int16(z), n)
             for k in range(n):
@@ -238,7 +259,7 @@ def _take_chunks(address: int) -> None:
 @jit
 def _run(call: Any, matrix: Any, batch: int, threads: int) -> None:  # noqa: ANN401
     n = max(matrix[N], 1)
-    call[_CHUNK] = (_CHUNK_CODES // n // TILE + 1) * TILE
+    call[_CHUNK] = (_CHUNK_CODES // n // _LINES + 1) * _LINES
     call[_NEXT] = 0
     threads = min(threads, 1 + call[_LAST] * n * batch // _THREAD_CODES)
     if threads > 1 and matrix[GOMP] != 0 and call[_LAST] > call[_CHUNK]:
@@ -316,11 +337,12 @@ def _multiply(  # noqa: C901 (what each kind of product needs)
     if exact:
         for b in range(batch):
             exact = exact and _fixed_point(scaled[b], n, kind == INT4, digits[b], scales[b])
-    pairs = np.zeros((0 if exact or kind != INT4 else batch, 2, (width + LANES - 1) // LANES * LANES), np.float32)
+    halved = kind == INT4 and not exact and batch < _CUT_FROM
+    pairs = np.zeros((batch if halved else 0, 2, (width + LANES - 1) // LANES * LANES), np.float32)
     if exact:
         call[_TASK], call[_INPUTS] = _BYTES, digits.ctypes.data
         call[_INPUT_STRIDE], call[_PLANE], call[_COUNT] = digits.shape[1] * plane, plane, plane // 64
-    elif kind == INT4:
+    elif halved:
         for b in range(batch):
             for k in range(width):
                 high = scaled[b, k + width] * np.float32(1 / 16) if k + width < n else np.float32(0)

@@ -4,8 +4,8 @@ numba vectorises a loop as it sees fit, at half the width of the registers and w
 processors have; the inner products of :mod:`sqf_kernels` are written here for LLVM instead. On processors with
 narrower registers LLVM splits the vectors.
 
-A kernel's compiled form is cached under the file that it stands in, ``sqf_kernels.py``: after a change here, change
-``REVISION`` there.
+A kernel's compiled form is cached under the file that it stands in: after a change here, change ``REVISION`` in
+``sqf_tiles.py`` and ``sqf_kernels.py``, or both go on with the old vectors.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ NONE, INT4, INT8, INT16 = 0, 4, 8, 16
 """Storage of a matrix's dense part."""
 LANES = 16 if FEATURES.get("avx512f") else 8
 """Floats in a vector."""
-TILE = 4 if FEATURES.get("avx512f") else 2
-"""Rows of codes that are multiplied together."""
+TILE = 4 if FEATURES.get("avx512f") else 3
+"""Rows of codes that are multiplied with four rows of input together: as many sums as there are registers for."""
+TALL = 8
+"""Rows of codes that are multiplied with one row of input together: fewer sums would wait for each other."""
 AHEAD = 8
 """Rows of codes between those that are multiplied and those that are fetched: short rows run into the next ones too
 soon for the processor to see them coming."""
@@ -183,25 +185,22 @@ def float_dots(kind: int, rows: int, batch: int) -> Any:  # noqa: ANN401
         zero = ir.Constant(floats, [0.0] * LANES)
         sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(batch)] for _ in range(rows)]
 
-        def accumulate(r: int, factor: Any, inputs: list[Any]) -> None:  # noqa: ANN401
-            value = builder.sitofp(factor, floats)
-            for b, x in enumerate(inputs):
-                product = builder.fmul(value, x, flags=("contract",))
-                builder.store(builder.fadd(builder.load(sums[r][b]), product, flags=("contract",)), sums[r][b])
-
         z_rows = [builder.add(z, builder.mul(z_stride, word(r))) for r in range(rows)]
         x_rows = [builder.add(x, builder.mul(x_stride, word(b))) for b in range(batch)]
         with cgutils.for_range(builder, count) as loop:
             z_at = builder.mul(loop.index, word(LANES * size))
             x_at = builder.mul(loop.index, word(LANES * 4))
-            first = [_load(builder, floats, builder.add(row, x_at)) for row in x_rows]
-            if kind == INT4:
-                second = [_load(builder, floats, builder.add(builder.add(row, plane), x_at)) for row in x_rows]
-            for r in range(rows):
-                code = builder.sext(_load(builder, codes, builder.add(z_rows[r], z_at)), integers)
-                accumulate(r, code, first)
-                if kind == INT4:
-                    accumulate(r, builder.shl(code, ir.Constant(integers, [28] * LANES)), second)
+            factors = [builder.sext(_load(builder, codes, builder.add(row, z_at)), integers) for row in z_rows]
+            for half in range(2 if kind == INT4 else 1):
+                if half:
+                    x_at = builder.add(x_at, plane)
+                    factors = [builder.shl(code, ir.Constant(integers, [28] * LANES)) for code in factors]
+                values = [builder.sitofp(factor, floats) for factor in factors]
+                for b, row in enumerate(x_rows):  # one input at a time: the sums need the other registers
+                    inputs = _load(builder, floats, builder.add(row, x_at))
+                    for value, cells in zip(values, sums, strict=True):
+                        product = builder.fmul(value, inputs, flags=("contract",))
+                        builder.store(builder.fadd(builder.load(cells[b]), product, flags=("contract",)), cells[b])
         found = [builder.load(cell) for row in sums for cell in row]
         _store_sums(builder, builder.fadd, found, LANES, out)
 
