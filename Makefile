@@ -2,10 +2,12 @@
 # They need Python (>= 3.10, with venv) and git. Another Python: make test PYTHON=python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-all clean
+.PHONY: help install demo check test test-all docs clean
 
 PYTHON ?= python3
 VENV := .venv
+# What pdoc does not find by itself: packages that hf_sqf.__all__ does not name.
+REFERENCE := hf_sqf hf_sqf.runtime hf_sqf.training hf_sqf.report hf_sqf.hub
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
@@ -46,6 +48,9 @@ test: check  ## check, then all tests but the slow ones
 
 test-all: check  ## check, then all tests
 	$(RUN) -m pytest -m ''
+
+docs: $(STAMP)  ## the reference, from docstrings, in build/docs
+	$(RUN) -m pdoc --docformat google --output-directory build/docs $(REFERENCE)
 
 clean:  ## remove .venv, caches and what the demo wrote
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -245,6 +245,32 @@ def inspect(
 
 
 @app.command()
+def report(
+    ctx: typer.Context,
+    folder: FolderOrRepo,
+    out: Annotated[Path, typer.Argument(metavar="OUT.html", help="File to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.html.")] = False,
+) -> None:
+    """Write one HTML page about a compressed model, for a browser.
+
+    \b
+    hf-sqf report small small.html
+
+    It shows sizes, coverage, bits per weight of each layer, how often each code occurs, and what evaluate --record
+    measured.
+    """
+    from hf_sqf.cli.folders import refuse_file, whole_file
+    from hf_sqf.cli.showing import console, inspected
+    from hf_sqf.hub.fetching import folder_of
+    from hf_sqf.report.page import code_counts, page
+
+    refuse_file(out, ".html", force)
+    found = folder_of(folder)
+    whole_file(out, page(Path(folder).name, inspected(found), code_counts(found)))
+    console(ctx.obj.quiet).print(f"wrote {out}")
+
+
+@app.command()
 def evaluate(
     ctx: typer.Context,
     model: FolderOrRepo,

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all."""
+"""Folders and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -52,3 +52,27 @@ def whole_folder(out: Path) -> Iterator[Path]:
         for left in (part, old):
             if left.exists():
                 shutil.rmtree(left)
+
+
+def refuse_file(out: Path, suffix: str, force: bool) -> None:
+    """Raise unless a file may be written to ``out``.
+
+    Raises:
+        ValueError: its name does not end as it should.
+        FileExistsError: something stands there that must stay.
+    """
+    if out.suffix.lower() != suffix:
+        raise ValueError(f"{out}: the name should end in {suffix}")
+    if out.is_dir() or (out.exists() and not force):
+        raise FileExistsError(f"{out} is a folder" if out.is_dir() else f"{out} exists; --force replaces it")
+
+
+def whole_file(out: Path, text: str) -> None:
+    """Write a text to a file beside ``out``, which then takes its name."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)

@@ -92,6 +92,10 @@ def compress(
 def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Turn a compressed model into an ordinary one with the decoded weights, in place; return it.
 
+    Args:
+        model: compressed, on load or by :func:`compress`.
+        dtype: of the weights; by default the model's own.
+
     Raises:
         ValueError: the model is not compressed, or its weights are offloaded.
     """

@@ -258,10 +258,12 @@ def _take_chunks(address: int) -> None:
 
 @jit
 def _run(call: Any, matrix: Any, batch: int, threads: int) -> None:  # noqa: ANN401
-    n = max(matrix[N], 1)
-    call[_CHUNK] = (_CHUNK_CODES // n // _LINES + 1) * _LINES
+    n, rows = max(matrix[N], 1), call[_LAST]
+    threads = min(threads, 1 + rows * n * batch // _THREAD_CODES)
+    chunks = -(-rows // ((_CHUNK_CODES // n // _LINES + 1) * _LINES))
+    chunks = max(-(-chunks // threads) * threads, 1)  # as many for each thread
+    call[_CHUNK] = max(-(-rows // (chunks * _LINES)) * _LINES, _LINES)
     call[_NEXT] = 0
-    threads = min(threads, 1 + call[_LAST] * n * batch // _THREAD_CODES)
     if threads > 1 and matrix[GOMP] != 0 and call[_LAST] > call[_CHUNK]:
         _parallel(matrix[GOMP], matrix[WORKER], call.ctypes.data, threads)
     else:

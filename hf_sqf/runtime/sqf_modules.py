@@ -262,7 +262,9 @@ class SQFConv1D(SQFModule, Conv1D):
         return self._multiply(x)
 
 
-class _SQFConv(SQFModule):
+class SQFConv(SQFModule):
+    """What compressed convolutions have in common: the weight is decoded for each call."""
+
     weight = _weight_property("weight")
     _conv_forward: Callable[..., Tensor]
 
@@ -273,15 +275,15 @@ class _SQFConv(SQFModule):
         return self._conv_forward(input, weight, None if bias is None else bias.to(input.dtype))
 
 
-class SQFConv1d(_SQFConv, nn.Conv1d):
+class SQFConv1d(SQFConv, nn.Conv1d):
     """A compressed ``nn.Conv1d``."""
 
 
-class SQFConv2d(_SQFConv, nn.Conv2d):
+class SQFConv2d(SQFConv, nn.Conv2d):
     """A compressed ``nn.Conv2d``."""
 
 
-class SQFConv3d(_SQFConv, nn.Conv3d):
+class SQFConv3d(SQFConv, nn.Conv3d):
     """A compressed ``nn.Conv3d``."""
 
 

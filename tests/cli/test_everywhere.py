@@ -11,7 +11,7 @@ import pytest
 from hf_sqf_command import app, sentence
 from tests.cli.conftest import ROOT
 
-COMMANDS = ("compress", "inspect", "evaluate", "compare", "verify", "export", "push", "run")
+COMMANDS = ("compress", "inspect", "report", "evaluate", "compare", "verify", "export", "push", "run")
 
 
 def alone(program: str) -> subprocess.CompletedProcess[str]:
