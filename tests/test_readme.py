@@ -29,7 +29,7 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert (tmp_path / "small" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("kept", ["minilm_bits.txt", "results/calibrated_lm.txt"])
+@pytest.mark.parametrize("kept", ["minilm_bits.txt", "results/calibrated_lm.txt", "results/peers.txt"])
 def test_figures_are_those_of_the_recipe(kept: str):
     table = (README.parent / "recipes" / kept).read_text(encoding="utf-8")
     assert table in README.read_text(encoding="utf-8"), f"{kept} was measured again: copy it here"

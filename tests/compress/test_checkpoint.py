@@ -126,6 +126,28 @@ def test_an_impossible_target_writes_nothing(source, tmp_path):
         compress_checkpoint(source, tmp_path / "file" / "small", SQFConfig(**OPTIONS))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits what a process may write")
+@pytest.mark.parametrize("share", [0.02, 0.5])
+def test_no_room_is_an_error_and_loses_nothing(source, tmp_path, share):
+    """The system refuses files longer than a share of the result: those of weights, or but the last one."""
+    import resource
+
+    expected = on_load(source, tmp_path / "on_load")
+    limit = int(share * max(map(len, expected.values())))
+    command = [sys.executable, "-c", RUN, str(source), str(tmp_path / "small")]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1 and "OSError" in done.stderr and "File too large" in done.stderr, done.stderr
+    assert not (tmp_path / "small").exists()
+    kept = list((tmp_path / ".small.partial").glob("*.sqf"))
+    assert share < 0.1 or kept
+    assert weights(compress_checkpoint(source, tmp_path / "small", SQFConfig(**OPTIONS))) == expected
+
+
 def test_interrupted_between_the_last_two_steps(source, tmp_path, monkeypatch):
     expected = on_load(source, tmp_path / "on_load")
 
