@@ -260,14 +260,14 @@ def report(
     measured.
     """
     from hf_sqf.cli.folders import refuse_file, whole_file
-    from hf_sqf.cli.showing import console, inspected
+    from hf_sqf.cli.showing import inspected
     from hf_sqf.hub.fetching import folder_of
     from hf_sqf.report.page import code_counts, page
 
     refuse_file(out, ".html", force)
     found = folder_of(folder)
     whole_file(out, page(Path(folder).name, inspected(found), code_counts(found)))
-    console(ctx.obj.quiet).print(f"wrote {out}")
+    say(ctx, f"{out}: a page about {folder}")
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ..hub.card import write_card
 from ..hub.checking import CONTEXT, check, tokenizer_of
 from ..hub.fetching import folder_of
 from ..runtime.sqf_size import file_bytes
+from .folders import whole_file
 from .originals import auto_class_for, card_of, ordinary_config
 from .texts import read_texts
 
@@ -94,7 +94,5 @@ def record_fidelity(folder: Path, found: dict[str, Any], base_card: ModelCard | 
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["quantization_config"]["fidelity"] = found
-    part = path.with_name(f".config.json.{os.getpid()}.part")
-    part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(path)
+    whole_file(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_card(folder, base_card=base_card)

@@ -60,7 +60,7 @@ def inspected(folder: Path) -> dict[str, Any]:
 def show_inspected(out: Console, folder: Path, figures: dict[str, Any], each_weight: bool = False) -> None:
     """Print what :func:`inspected` returned: sizes, structures, coverage, and bits per weight of each layer."""
     report = SizeReport(figures["total_bytes"], figures["rows"])
-    packed = [row for row in report.rows if row["structure"] not in ("dense", "file headers")]
+    packed = report.compressed_rows
     out.print(f"[bold]{folder}[/bold]: {megabytes(report.total_bytes)}, {report.bits_per_weight:.3f} bits per weight")
     for structure in sorted({row["structure"] for row in packed}):
         rows = [row for row in packed if row["structure"] == structure]

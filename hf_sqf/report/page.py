@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import safe_open
 
 from ..runtime.sqf_container import records
 from ..runtime.sqf_modules import SUFFIX
+from ..runtime.sqf_size import SizeReport
 
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<name>.*)$")
 _LARGEST = 8  # codes further from zero share a bar
@@ -62,7 +62,7 @@ def page(name: str, figures: dict[str, Any], counts: Counter[int]) -> str:
         figures: what :func:`hf_sqf.cli.showing.inspected` says of the model.
         counts: of the codes, from :func:`code_counts`.
     """
-    packed = [row for row in figures["rows"] if row["structure"] not in ("dense", "file headers")]
+    packed = SizeReport(figures["total_bytes"], figures["rows"]).compressed_rows
     title = escape(name)
     parts = [
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
@@ -99,11 +99,6 @@ def _facts(figures: dict[str, Any], packed: list[dict[str, Any]]) -> str:
     return f"<table>{rows}</table>"
 
 
-def _bits(rows: Iterable[dict[str, Any]]) -> float:
-    rows = list(rows)
-    return 8 * sum(r["bytes"] for r in rows) / max(sum(r["parameters"] for r in rows), 1)
-
-
 def _heat_map(packed: list[dict[str, Any]]) -> str:
     """A line for each layer, a column for each weight that layers have; weights outside of layers have lines below."""
     layers: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
@@ -115,15 +110,15 @@ def _heat_map(packed: list[dict[str, Any]]) -> str:
         else:
             others.append(row)
     columns = list(dict.fromkeys(name for weights in layers.values() for name in weights))
-    rates = [_bits([row]) for row in packed] or [0.0]
+    rates = [row["bits_per_weight"] for row in packed] or [0.0]
     low, high = min(rates), max(rates)
 
     def cell(row: dict[str, Any] | None) -> str:
         if row is None:
             return "<td></td>"
-        shade = 0.08 + 0.8 * (_bits([row]) - low) / (high - low) if high > low else 0.08
+        shade = 0.08 + 0.8 * (row["bits_per_weight"] - low) / (high - low) if high > low else 0.08
         grey, ink = round(255 * (1 - shade)), "#fff" if shade > _DARK else "#000"
-        return f"<td style='background:rgb({grey},{grey},{grey});color:{ink}'>{_bits([row]):.2f}</td>"
+        return f"<td style='background:rgb({grey},{grey},{grey});color:{ink}'>{row['bits_per_weight']:.2f}</td>"
 
     head = "".join(f"<th>{escape(name.removesuffix('.weight'))}</th>" for name in columns)
     lines = [f"<tr><th>layer</th>{head}</tr>"] if layers else []
@@ -160,7 +155,7 @@ def _weights(packed: list[dict[str, Any]]) -> str:
     lines = [
         f"<tr><td>{escape(row['name'])}</td><td>{escape(row['structure'])}</td>"
         f"<td>{' x '.join(map(str, row['shape']))}</td><td>{row['sparsity']:.1%}</td><td>{row['bytes']:,}</td>"
-        f"<td>{_bits([row]):.3f}</td></tr>"
+        f"<td>{row['bits_per_weight']:.3f}</td></tr>"
         for row in packed
     ]
     return f"<div class='wide'><table>{head}{''.join(lines)}</table></div>"

@@ -68,14 +68,19 @@ class SizeReport:
     rows: list[dict[str, Any]]
 
     @property
+    def compressed_rows(self) -> list[dict[str, Any]]:
+        """The rows of the compressed weights."""
+        return [row for row in self.rows if row["structure"] not in ("dense", "file headers")]
+
+    @property
     def compressed_bytes(self) -> int:
         """Bytes of the compressed weights."""
-        return sum(row["bytes"] for row in self.rows if row["structure"] not in ("dense", "file headers"))
+        return sum(row["bytes"] for row in self.compressed_rows)
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of the compressed weights for each of their parameters; NaN if there are none."""
-        count = sum(row["parameters"] for row in self.rows if row["structure"] not in ("dense", "file headers"))
+        count = sum(row["parameters"] for row in self.compressed_rows)
         return 8 * self.compressed_bytes / count if count else math.nan
 
     def to_json(self) -> str:
@@ -86,9 +91,7 @@ class SizeReport:
     def __str__(self) -> str:
         heads = ("weight", "structure", "shape", "zeros", "codes", "dictionary", "steps", "headers", "bits", "entropy")
         table = [heads]
-        for row in self.rows:
-            if row["structure"] in ("dense", "file headers"):
-                continue
+        for row in self.compressed_rows:
             count = max(row["parameters"], 1)
             parts = [row[f"{key}_bits"] / count for key in ("code", "dictionary", "step", "header")]
             shape = "x".join(map(str, row["shape"])) + (f" ({row['matrices']})" if row["matrices"] > 1 else "")
