@@ -2,9 +2,10 @@
 
 Every metric measures a weight on the same scale (relative to its own energy without data, in nats with), so equal c
 means equal worth of a bit everywhere, and the least total error at a given size (reverse water-filling). Rates are
-estimated on a few rows of each weight, since rows are independent in the rounding. The weights are then solved one by
-one, the largest first; what the codec really needed corrects the step for those still to come, and a last few are
-solved again until the total lies within :data:`TOLERANCE` below the target.
+estimated on a few rows of each weight, since rows are independent in the rounding. The weights are then solved in
+rounds, the largest first; what the codec really needed corrects the step for the rounds still to come, and a last few
+weights are solved again until the total lies within :data:`TOLERANCE` below the target. The weights of a round do not
+depend on one another: several processes may share them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ OCTAVES = (-16.0, 6.0)
 """Range of log2 c, in units of the weights' root mean square in the metric."""
 SAVED = (0.1, 0.2)
 """What a trellis saves: a share of the entropy, and the most in bits per entry (on the weights of MiniLM)."""
+ROUND = 16
+"""Most weights of a round."""
 _TRIALS = 12
 
 
@@ -159,19 +162,36 @@ def smallest(curves: Sequence[RateCurve]) -> float:
     return RateSum(curves).at(round(4 * OCTAVES[1]))
 
 
-def fit(
-    curves: Sequence[RateCurve],
-    bits: float,
-    solve: Callable[[int, float], int],
-    done: Callable[[int], None] = lambda index: None,
-) -> float:
+SolveRound = Callable[[list[tuple[int, float]]], Sequence[int]]
+"""(index of a weight, noise step) of each weight of a round -> true bits of each result, which is kept in place of an
+earlier one of the same weight."""
+
+
+def rounds(counts: Sequence[int]) -> list[list[int]]:
+    """Cut weights of so many entries each into rounds, the largest first; return their indices.
+
+    A round takes up to :data:`ROUND` weights and half of the entries that are left, so that there is always something
+    left for the next to correct, and little in the last ones.
+    """
+    order = sorted(range(len(counts)), key=lambda i: (-counts[i], i))
+    left, cut = sum(counts), []
+    while order:
+        taken = 1
+        while taken < min(ROUND, len(order)) and 2 * sum(counts[i] for i in order[: taken + 1]) <= left:
+            taken += 1
+        cut.append(order[:taken])
+        left -= sum(counts[i] for i in order[:taken])
+        del order[:taken]
+    return cut
+
+
+def fit(curves: Sequence[RateCurve], bits: float, solve: SolveRound) -> float:
     """Solve weights so that they cost at most ``bits`` in all, and hardly less.
 
     Args:
         curves: one per weight.
         bits: the target, for all together.
-        solve: (index of a weight, noise step) -> true bits of its result, which it keeps in place of an earlier one.
-        done: called as a weight is solved for the first time.
+        solve: solves the weights of a round.
 
     Returns:
         What the results that ``solve`` kept cost together.
@@ -179,38 +199,49 @@ def fit(
     Raises:
         ValueError: no noise step reaches the target.
     """
-    order = sorted(range(len(curves)), key=lambda i: (-curves[i].count, i))
     sizes: dict[int, float] = {}
     steps: dict[int, float] = {}
     estimated = 0.0
     rest = RateSum(curves)
-    for index in order:
+    for indices in rounds([curve.count for curve in curves]):
         ratio = sum(sizes.values()) / estimated if estimated else 1.0
         left = (AIM * bits - sum(sizes.values())) / ratio
         log_step = rest.step_for(left)
         if steps:  # a small rest must not pay for all that came before
-            middle = steps[order[0]]
+            middle = next(iter(steps.values()))
             log_step = min(max(log_step, middle - 0.5), middle + 0.5)
-        steps[index], sizes[index] = log_step, solve(index, 2.0**log_step)
-        estimated += interpolate(curves[index], log_step)
-        rest.remove(curves[index])
-        done(index)
-    _settle(order, curves, sizes, steps, bits, solve)
+        steps |= dict.fromkeys(indices, log_step)
+        sizes |= _solved(indices, steps, 0.0, solve)
+        for index in indices:
+            estimated += interpolate(curves[index], log_step)
+            rest.remove(curves[index])
+    _settle(curves, sizes, steps, bits, solve)
     total = sum(sizes.values())
     if total > bits:
         raise ValueError(f"no noise step meets {bits:.0f} bits; the closest costs {total:.0f}")
     return total
 
 
+def _solved(indices: list[int], steps: dict[int, float], shift: float, solve: SolveRound) -> dict[int, float]:
+    """Solve weights at their steps, shifted by so many octaves; return the bits of each."""
+    found = solve([(index, 2.0 ** (steps[index] + shift)) for index in indices])
+    return dict(zip(indices, map(float, found), strict=True))
+
+
 def _settle(
-    order: list[int],
     curves: Sequence[RateCurve],
     sizes: dict[int, float],
     steps: dict[int, float],
     bits: float,
-    solve: Callable[[int, float], int],
+    solve: SolveRound,
 ) -> None:
-    """Solve the smallest weights again at steps shifted in common, until the total is within tolerance."""
+    """Solve the smallest weights again at steps shifted in common, until the total is within tolerance.
+
+    Args:
+        curves, bits, solve: of :func:`fit`.
+        sizes: bits of each weight, in the order in which they were solved; is brought up to date.
+        steps: log2 of the noise step of each.
+    """
 
     def good(total: float) -> bool:
         return (1.0 - TOLERANCE) * bits <= total <= bits
@@ -219,7 +250,7 @@ def _settle(
         return
     gap = AIM * bits - sum(sizes.values())
     chosen: list[int] = []
-    for index in reversed(order):  # as many as make the shift a small one
+    for index in reversed(sizes):  # as many as make the shift a small one
         chosen.append(index)
         if sum(sizes[i] for i in chosen) > 8.0 * abs(gap):
             break
@@ -234,12 +265,10 @@ def _settle(
             shift = above + min(max(share, 0.1), 0.9) * (below - above)
         else:
             shift += (totals[shift] - AIM * bits) / sum(curves[i].count for i in chosen) * 1.5
-        for index in chosen:
-            sizes[index] = solve(index, 2.0 ** (steps[index] + shift))
+        sizes |= _solved(chosen, steps, shift, solve)
         totals[shift] = others + sum(sizes[i] for i in chosen)
         if good(totals[shift]):
             return
     best = max((s for s in totals if totals[s] <= bits), key=lambda s: totals[s], default=max(totals))
     if best != shift:
-        for index in chosen:
-            sizes[index] = solve(index, 2.0 ** (steps[index] + best))
+        sizes |= _solved(chosen, steps, best, solve)

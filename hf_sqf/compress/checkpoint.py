@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from ..runtime.sqf_config import SQFConfig
 from .companions import beside_weights, carry_files
 from .model import compress
+from .ranks import Ranks
 from .statistics import Statistics, fingerprint
 from .workspace import Workspace
 
 _COMPLETE = "complete.json"
-_VERSION = 1  # of the results of a run that go into a workspace: raised when the same job gives other bytes
+_VERSION = 2  # of the results of a run that go into a workspace: raised when the same job gives other bytes
 
 
 def compress_checkpoint(
@@ -32,6 +34,9 @@ def compress_checkpoint(
     Weights are mapped from the source's files, read one at a time and given back, and the results wait on disk: memory
     is that of the largest weight and its work space. Interrupted at any moment, the next call goes on at the weight
     where the last one stopped.
+
+    Where ``torch.distributed`` is initialised, all ranks call it alike and share the work; the target must lie on a
+    disk that all of them see. The first rank writes it.
 
     Args:
         source: a folder, or an id on the Hub.
@@ -46,40 +51,52 @@ def compress_checkpoint(
     Raises:
         ValueError: see :func:`hf_sqf.compress`; the target is not empty; or there is the beginning of a run with
             another source, data, config or version (says what differs).
-        RuntimeError: another process is at work on the same target.
+        RuntimeError: another process is at work on the same target; or another rank stopped (says why), died, or did
+            not come.
         OSError: the disk is full, or the target's parent cannot be written to. What was done stays for the next call.
     """
     target, config = Path(target), copy.deepcopy(config) if config is not None else SQFConfig()
-    partial = target.parent / f".{target.name}.partial"
-    complete = _is_complete(partial, target)
-    if not complete and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty folder: name another target, or delete it")
+    folder, ranks = target.parent / f".{target.name}.partial", Ranks.here()
+    complete = ranks.from_first(lambda: _is_complete(folder, target) or _check_free(target))
     config.runtime = "stream"  # nothing is to run: bytes stay as they are
-    model = load(source)
-    with Workspace(partial, job_of(model, config), resume or complete) as workspace:
+    model = ranks.together(lambda: load(source))
+    job = ranks.together(partial(job_of, model, config))
+    with ranks.together(lambda: Workspace(folder, job, resume or complete, ranks.first)) as workspace:
         if not complete:
             compress(model, config, workspace=workspace)
-            made = partial / "made"
-            if made.exists():
-                shutil.rmtree(made)
-            model.save_pretrained(made)
-            carry_files(beside_weights(str(source)), made)
-            workspace.write(_COMPLETE, json.dumps(_files(made)).encode())
-            if target.exists():
-                target.rmdir()
-            os.replace(made, target)
+            ranks.from_first(partial(_write, model, source, workspace, target))
         del model  # its bytes are mapped from the workspace
-        workspace.remove()
+        ranks.from_first(workspace.remove)
     return target
+
+
+def _check_free(target: Path) -> bool:
+    """Return False: nothing is complete; raise ValueError where something else stands in the target's place."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty folder: name another target, or delete it")
+    return False
+
+
+def _write(model: PreTrainedModel, source: str | Path, workspace: Workspace, target: Path) -> None:
+    """Save a model that is compressed, with what belongs to it, as a whole or not at all."""
+    made = workspace.folder / "made"
+    if made.exists():
+        shutil.rmtree(made)
+    model.save_pretrained(made)
+    carry_files(beside_weights(str(source)), made)
+    workspace.write(_COMPLETE, json.dumps(_files(made)).encode())
+    if target.exists():
+        target.rmdir()
+    os.replace(made, target)
 
 
 def _files(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
 
 
-def _is_complete(partial: Path, target: Path) -> bool:
+def _is_complete(folder: Path, target: Path) -> bool:
     """Whether the last run was interrupted between its last two steps: the target is there, and its workspace too."""
-    listed = partial / _COMPLETE
+    listed = folder / _COMPLETE
     return listed.exists() and target.is_dir() and _files(target) == json.loads(listed.read_text())
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from transformers.utils import logging as transformers_logging
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_modules import SUFFIX, Held
 from .calibration_data import calibration
+from .mapped import release
+from .ranks import Ranks
 from .recorder import Recorder, measuring, shared_inputs
 from .statistics import (
     FileMoments,
@@ -29,6 +32,7 @@ from .statistics import (
     shrink_diagonal,
     typical_importance,
 )
+from .sums import Sums, groups
 from .targets import Target
 
 logger = logging.getLogger(__name__)
@@ -54,9 +58,8 @@ def measure(model: PreTrainedModel, targets: Iterable[Target], config: SQFConfig
         return found
     if config.dataset is None:
         return None
-    data = calibration(
-        model, config.dataset, config.tokenizer, config.samples, config.context, config.own_text, config.seed
-    )
+    options = config.tokenizer, config.samples, config.context, config.own_text, config.seed
+    data = Ranks.here().from_first(lambda: calibration(model, config.dataset, *options))
     return collect(model, targets, data.batches, data.held_out, config.seed)
 
 
@@ -68,7 +71,7 @@ def collect(
     seed: int = 0,
     memory: int | None = None,
 ) -> Statistics:
-    """Measure the statistics of a model's weights.
+    """Measure the statistics of a model's weights. Ranks of ``torch.distributed`` share the data; all call it alike.
 
     Args:
         model: with dense weights.
@@ -81,32 +84,64 @@ def collect(
 
     Raises:
         ValueError: there is no data, or activations or gradients are not finite.
+        RuntimeError: another rank stopped (says why), died, or did not come.
+        OSError: the disk that temporary files are on is full.
     """
     if not batches or not held_out:
         raise ValueError("calibration needs data: two sequences or inputs at least")
-    collection = _Collection(model, list(targets))
+    collection, ranks = _Collection(model, list(targets)), Ranks.here()
     limit = memory or sum(p.numel() * p.element_size() for p in model.parameters())
     with measuring(model):
         shared = shared_inputs(model, collection.weights, batches[0])
         passes = collection.plan(shared, limit)
         steps = len(passes) * (len(batches) + len(held_out))
         recorder = Recorder(collection.weights, shared, collection.head)
-        with recorder, transformers_logging.tqdm(total=steps, desc="Calibrating") as bar:
+        with recorder, transformers_logging.tqdm(total=steps, desc="Calibrating", disable=not ranks.first) as bar:
             for number, wanted in enumerate(passes):
                 recorder.wanted = wanted
-                generator = torch.Generator().manual_seed(seed)
-                for recorder.held_out, group in ((False, batches), (True, held_out)):
-                    for index, batch in enumerate(group):
-                        gradients = number == 0 and index % GRADIENTS_EVERY == 0
-                        rows = _measure(model, recorder, batch, generator, gradients)
-                        collection.rows += 0 if recorder.held_out else rows
-                        bar.update()
+                sums = Sums(ranks)
+                for recorder.held_out, some in ((False, batches), (True, held_out)):
+                    rows = _measure_all(model, recorder, some, seed, number == 0, sums, bar.update)
+                    collection.rows += 0 if recorder.held_out else rows
+                sums.give_back(recorder)
                 collection.finish_moments(recorder)
                 if number == 0:
                     collection.gradients(recorder)
                 if len(passes) > 1:
                     collection.spool()
     return collection.statistics()
+
+
+def _measure_all(
+    model: nn.Module,
+    recorder: Recorder,
+    batches: Sequence[Batch],
+    seed: int,
+    gradients: bool,
+    sums: Sums,
+    done: Callable[[int], object],
+) -> int:
+    """Run batches, group by group, each group on one rank; return the rows of predictions of all."""
+    rows, ranks = 0, sums.ranks
+    parts = groups(list(enumerate(batches)))
+    for first in range(0, len(parts), ranks.size):
+        turns = parts[first : first + ranks.size]
+        mine = turns[ranks.rank] if ranks.rank < len(turns) else []
+
+        def run(mine: Sequence[tuple[int, Batch]] = mine) -> int:
+            count = 0
+            for index, batch in mine:
+                # Labels that a batch draws do not depend on what ran before it.
+                draw = hashlib.sha256(f"{seed} {recorder.held_out} {index}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(draw[:4], "big"))
+                count += _measure(model, recorder, batch, generator, gradients and index % GRADIENTS_EVERY == 0)
+                done(1)
+            return count
+
+        rows += sum(ranks.gather(run))
+        done(sum(map(len, turns)) - len(mine))
+        sums.take(recorder, len(turns))
+    return rows
 
 
 def _measure(model: nn.Module, recorder: Recorder, batch: Batch, generator: torch.Generator, gradients: bool) -> int:
@@ -209,6 +244,7 @@ class _Collection:
                 logger.warning("%s: %d rows of data for %d dimensions, shrunk by %.4g towards the identity",
                                key, recorder.counts[key], len(H), self.shrinkage[key])  # fmt: skip
             self.moments[key] = H
+            release(H)
         recorder.moments = {}
 
     def spool(self) -> None:

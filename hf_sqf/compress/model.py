@@ -24,7 +24,8 @@ from .collect import measure
 from .factorize import solve
 from .mapped import release, trim
 from .metric import Metric
-from .statistics import Statistics
+from .ranks import Ranks, empty_bytes
+from .statistics import Statistics, fingerprint
 from .target_size import bits_for_size
 from .targets import SMALL, Target, find_targets
 from .workspace import Workspace
@@ -58,6 +59,8 @@ def compress(
 ) -> PreTrainedModel:
     """Compress a model in memory, in place.
 
+    Where ``torch.distributed`` is initialised, all ranks call it alike, share the work and end with the same model.
+
     Args:
         model: any model of transformers with floating-point weights.
         config: what is asked for; without one, ``SQFConfig()``.
@@ -72,6 +75,7 @@ def compress(
     Raises:
         ValueError: the model is quantized already, a weight is not finite, an option fits nothing in this model, or
             the bits cannot be reached. The model is then unchanged.
+        RuntimeError: another rank stopped (says why), died, or did not come.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a model of transformers, got {type(model).__name__}")
@@ -120,15 +124,18 @@ def compress_weights(
         workspace: see :func:`compress`.
 
     Raises:
-        ValueError: see :func:`compress`. No module is changed before all weights are solved.
+        ValueError, RuntimeError: see :func:`compress`. No module is changed before all weights are solved.
     """
+    ranks = Ranks.here()
+    ranks.agree("the config", repr(config.to_dict()))
+    ranks.agree("the model", fingerprint(model) if ranks.size > 1 else "")
     targets, dense = find_targets(model, config)
     statistics = _statistics(model, targets, config, workspace) if metrics is None else None
     metrics = statistics.metrics if statistics is not None else metrics or RelativeMetrics()
     bits = config.bits
     if config.target_size is not None:
         bits = bits_for_size(model, targets, parse_size(config.target_size))
-    job = _Job(config, bits, metrics, _Header(model, targets, bits), workspace)
+    job = _Job(config, bits, metrics, _Header(model, targets, bits), workspace, ranks)
     targets = job.prepare(targets, dense)
     packed = job.run(targets)
     total = sum(p.numel() for p in model.parameters())
@@ -157,7 +164,7 @@ def _statistics(
         return known
     found = measure(model, targets, config)
     if found is not None and workspace is not None:
-        workspace.keep_statistics(found)
+        Ranks.here().from_first(lambda: workspace.keep_statistics(found))
     return found
 
 
@@ -182,12 +189,18 @@ class _Job:
     """One run over the weights of a model: what is known of each, and its result so far."""
 
     def __init__(
-        self, config: SQFConfig, bits: float, metrics: MetricOf, header: _Header, workspace: Workspace | None
+        self,
+        config: SQFConfig,
+        bits: float,
+        metrics: MetricOf,
+        header: _Header,
+        workspace: Workspace | None,
+        ranks: Ranks,
     ) -> None:
         self.config, self.bits, self.metrics, self.header = config, bits, metrics, header
-        self.workspace = workspace
-        self.curves: dict[str, RateCurve] = {}
+        self.workspace, self.ranks = workspace, ranks
         self.packed: dict[str, Tensor] = {}
+        self.curves: dict[str, RateCurve] = {}
         self._read = 0
 
     def prepare(self, targets: list[Target], dense: dict[str, str]) -> list[Target]:
@@ -196,20 +209,15 @@ class _Job:
         Raises:
             ValueError: a weight is not finite or not in memory, or the bits of a group cannot be reached.
         """
+        owners = self.ranks.owners([target.parameter.numel() for target in targets])
         kept = []
-        for target in targets:
-            _check_finite(target)
-            matrices = target.matrices()
-            metrics = self.metrics(target.name, matrices)
-            side = self._side_information(target, matrices, metrics)
-            overhead = 8.0 * (side + self.header.entry(target, 10**4))
+        for target, curve in zip(targets, self.ranks.share_out(targets, owners, self._curve, _name), strict=True):
             element = 8 * target.parameter.element_size()
-            if overhead + self._bits(target) * target.parameter.numel() >= element * target.parameter.numel():
+            if curve.overhead + self._bits(target) * target.parameter.numel() >= element * target.parameter.numel():
                 dense[target.name] = SMALL
             else:
-                self.curves[target.name] = RateCurve(matrices, metrics, overhead, self.config.trellis is not None)
+                self.curves[target.name] = curve
                 kept.append(target)
-            self._done_with(target)
         if not kept:
             raise ValueError("the model has no weight that can be compressed")
         for group, members in _groups(kept).items():
@@ -222,29 +230,56 @@ class _Job:
                 )
         return kept
 
+    def _curve(self, target: Target) -> RateCurve:
+        """Read a weight and return what it costs."""
+        _check_finite(target)
+        matrices = target.matrices()
+        metrics = self.metrics(target.name, matrices)
+        side = self._side_information(target, matrices, metrics)
+        overhead = 8.0 * (side + self.header.entry(target, 10**4))
+        curve = RateCurve(matrices, metrics, overhead, self.config.trellis is not None)
+        self._done_with(target)
+        return curve
+
     def run(self, targets: list[Target]) -> dict[str, Tensor]:
         """Solve all weights to the bits of their groups; return the packed bytes of each."""
-        with transformers_logging.tqdm(total=len(targets), desc="Compressing weights") as bar:
+        hidden = not self.ranks.first
+        with transformers_logging.tqdm(total=len(targets), desc="Compressing weights", disable=hidden) as bar:
             for members in _groups(targets).values():
                 curves = [self.curves[t.name] for t in members]
 
-                def solve_one(index: int, step: float, members: list[Target] = members) -> int:
-                    return self._solve(members[index], step)
+                def solve_round(asked: list[tuple[int, float]], members: list[Target] = members) -> list[int]:
+                    sizes = self._solve_round([(members[index], step) for index, step in asked])
+                    bar.update(len(self.packed) - bar.n)
+                    return sizes
 
-                fit(curves, self._bits(members[0]) * sum(c.count for c in curves), solve_one, lambda _: bar.update())
+                fit(curves, self._bits(members[0]) * sum(c.count for c in curves), solve_round)
         return self.packed
+
+    def _solve_round(self, asked: list[tuple[Target, float]]) -> list[int]:
+        """Solve weights at their noise steps, each on one rank; keep the bytes on all, return the bits of each."""
+        owners = self.ranks.owners([target.parameter.numel() for target, _ in asked])
+        sizes = self.ranks.share_out(asked, owners, lambda one: self._solve(*one), lambda one: one[0].name)
+        for (target, step), owner, size in zip(asked, owners, sizes, strict=True):
+            if self.workspace is None:
+                mine = self.packed[target.name] if owner == self.ranks.rank else empty_bytes(size)
+                self.packed[target.name] = self.ranks.broadcast(mine, owner)
+            elif owner != self.ranks.rank:
+                self.packed[target.name] = self.workspace.of_other(target.name, step)
+        return [8 * (size + self.header.entry(t, size)) for (t, _), size in zip(asked, sizes, strict=True)]
 
     def _bits(self, target: Target) -> float:
         return float(target.options.get("bits", self.bits))  # type: ignore[arg-type]
 
     def _solve(self, target: Target, step: float) -> int:
+        """Solve a weight at a noise step, unless a run before did; keep its packed bytes, return their number."""
         packed = self.workspace.get(target.name, step) if self.workspace is not None else None
         if packed is None:
             packed = self._packed(target, step)
             if self.workspace is not None:
                 packed = self.workspace.put(target.name, step, packed)
         self.packed[target.name] = packed
-        return 8 * (packed.numel() + self.header.entry(target, packed.numel()))
+        return packed.numel()
 
     def _packed(self, target: Target, step: float) -> Tensor:
         structure = str(target.options.get("structure", self.config.structure))
@@ -273,6 +308,10 @@ class _Job:
             for w, m in zip(matrices, metrics, strict=True)
         ]
         return pack(factors, target.name).numel()
+
+
+def _name(target: Target) -> str:
+    return target.name
 
 
 def _groups(targets: list[Target]) -> dict[str | None, list[Target]]:

@@ -27,12 +27,13 @@ _JOB, _STATISTICS = "job.json", "statistics.safetensors"
 
 
 class Workspace:
-    """A folder of results, held by one process at a time.
+    """A folder of results, held by one run at a time.
 
     Args:
         folder: is created where there is none.
         job: what the results depend on, as text by topic; asked of each run that resumes.
         resume: take up what is there; otherwise it is deleted.
+        holds: whether this process is the one of its run that holds the folder. The others come in after it.
 
     Raises:
         RuntimeError: another process holds the folder.
@@ -40,10 +41,12 @@ class Workspace:
         OSError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, job: Mapping[str, str], resume: bool = True) -> None:
+    def __init__(self, folder: Path, job: Mapping[str, str], resume: bool = True, holds: bool = True) -> None:
         self.folder = folder
+        self._lock = FileLock(folder / "lock")  # releasing what was never acquired does nothing
+        if not holds:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / "lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -87,6 +90,17 @@ class Workspace:
             raise ValueError(f"{path} does not hold {weight}: delete it")
         release(data)  # not needed before the model is saved
         return data
+
+    def of_other(self, weight: str, step: float) -> Tensor:
+        """Return the packed bytes that another process of the run has put here, mapped from their file.
+
+        Raises:
+            RuntimeError: they are not here.
+        """
+        found = self.get(weight, step)
+        if found is None:
+            raise RuntimeError(f"{self.folder} lacks {weight}: the target must lie on a disk that all ranks share")
+        return found
 
     def put(self, weight: str, step: float, packed: Tensor) -> Tensor:
         """Keep the packed bytes of a weight at a noise step; return them mapped from their file."""
