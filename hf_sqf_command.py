@@ -220,7 +220,8 @@ def compress(
     with usage():
         config = sqf_config(dataset, **options, structure=structure, seed=seed, include_embeddings=include_embeddings)
     made = run_compress(model, out, config, auto_class=auto_class, dtype=dtype, force=force)
-    give(asdict(made)) if as_json else say(ctx, made)
+    if made is not None:
+        give(asdict(made)) if as_json else say(ctx, made)
 
 
 @app.command()

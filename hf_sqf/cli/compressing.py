@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..compress.companions import beside_weights, carry_files
+from ..compress.ranks import Ranks
 from ..hub.card import megabytes, write_card
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_size import file_bytes
@@ -63,8 +65,10 @@ def compress(
     auto_class: str | None = None,
     dtype: str = "auto",
     force: bool = False,
-) -> Made:
+) -> Made | None:
     """Compress a model while it loads, and save it with all that belongs to it. ``out`` is written whole or not at all.
+
+    The processes that ``torchrun`` starts share the work.
 
     Args:
         model: folder or id on the Hub.
@@ -74,16 +78,22 @@ def compress(
         dtype: that the weights are loaded and computed in; "auto" takes the one that they are saved in.
         force: replace the model in ``out``.
 
+    Returns:
+        What became of it; None on all ranks but the first, which is the one that writes.
+
     Raises:
         FileExistsError: ``out`` is not empty.
         ValueError: the model is quantized already, or does not allow what is asked for.
     """
-    refuse_overwriting(out, force, model)
+    ranks = Ranks.launched()
+    ranks.together(lambda: refuse_overwriting(out, force, model))
     loads = auto_class_for(ordinary_config(model), auto_class)
     source = beside_weights(model)
     base_card = card_of(source)
-    with whole_folder(out) as folder:
+    with whole_folder(out) if ranks.first else nullcontext(out) as folder:
         compressed = loads.from_pretrained(model, quantization_config=config, dtype=dtype)  # type: ignore[attr-defined]
+        if not ranks.first:
+            return None
         compressed.save_pretrained(folder)
         write_card(folder, out.resolve().name, base_card)
         carry_files(source, folder)

@@ -7,7 +7,6 @@ models of the last.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +21,7 @@ from .grid import grid_scales, narrow, rounded
 from .metric import Metric
 from .rounding import cancel_and_round, interference
 from .solution import Solution
+from .threads import side_by_side
 from .trellis import trellis, viterbi
 
 FINE_STEP = 0.62
@@ -84,11 +84,12 @@ def round_along_trellis(
     couplings = None if cholesky is None else interference(cholesky, steps)
     height = chunk_rows(*weight.shape)  # rows do not touch, and the machine starts anew here anyway
     scales = rows.expand(len(weight)).split(height)
-    parts = zip(weight.split(height), scales, strict=True)
-    return torch.cat([
-        chunk_along_trellis(part.float() / (scale.float()[:, None] * steps.float()), couplings, states)
-        for part, scale in parts
-    ])  # fmt: skip
+
+    def rounded_chunk(chunk: tuple[Tensor, Tensor]) -> Tensor:
+        part, scale = chunk
+        return chunk_along_trellis(part.float() / (scale.float()[:, None] * steps.float()), couplings, states)
+
+    return torch.cat(side_by_side(rounded_chunk, list(zip(weight.split(height), scales, strict=True))))
 
 
 def chunk_along_trellis(values: Tensor, couplings: Tensor | None, states: int) -> Tensor:
@@ -144,8 +145,7 @@ def _pass(
         cancel_and_round(values, couplings, rounder)
     else:
         columns = values.T.contiguous().numpy()
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(lambda j: column(columns[j], j), range(n)))
+        side_by_side(lambda j: column(columns[j], j), range(n))
     return np.ascontiguousarray(codes.T)
 
 

@@ -20,6 +20,7 @@ from .prices import prices_of, round_at_price
 from .rate import term_bits
 from .rounding import round_in_metric
 from .solution import Solution
+from .threads import side_by_side
 
 RESOLUTION = 16
 """Divisions of an octave in steps and rows."""
@@ -120,14 +121,13 @@ def _round(weight: Tensor, metric: Metric, scales: Scales, prices: Tensor | None
     rounder = None if prices is None else lambda targets, column: round_at_price(targets, prices)
     steps, rows = scales.step_values(), scales.row_values()
     lower = None if metric.H is None else metric.cholesky()
-    parts = []
-    for some in _row_blocks(weight):
+
+    def block(some: slice) -> Tensor:
         if prices is not None and lower is None:
-            codes = round_at_price(weight[some].float() / (steps * _of_rows(rows, some)[:, None]), prices)
-        else:
-            codes = round_in_metric(weight[some], steps, _of_rows(rows, some), lower, rounder)
-        parts.append(narrow(codes))
-    return torch.cat(parts)
+            return narrow(round_at_price(weight[some].float() / (steps * _of_rows(rows, some)[:, None]), prices))
+        return narrow(round_in_metric(weight[some], steps, _of_rows(rows, some), lower, rounder))
+
+    return torch.cat(side_by_side(block, list(_row_blocks(weight))))
 
 
 def rounded(weight: Tensor, metric: Metric, structure: str, term: Term) -> Solution:

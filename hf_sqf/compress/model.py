@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 MetricOf = Callable[[str, list[Tensor]], list[Metric]]
 """(a weight's full name, its matrices (m, n)) -> the metric of each."""
 _CHUNK = 1 << 20
@@ -201,6 +202,7 @@ class _Job:
         self.workspace, self.ranks = workspace, ranks
         self.packed: dict[str, Tensor] = {}
         self.curves: dict[str, RateCurve] = {}
+        self.largest = 0
         self._read = 0
 
     def prepare(self, targets: list[Target], dense: dict[str, str]) -> list[Target]:
@@ -209,9 +211,8 @@ class _Job:
         Raises:
             ValueError: a weight is not finite or not in memory, or the bits of a group cannot be reached.
         """
-        owners = self.ranks.owners([target.parameter.numel() for target in targets])
-        kept = []
-        for target, curve in zip(targets, self.ranks.share_out(targets, owners, self._curve, _name), strict=True):
+        self.largest, kept = max((target.parameter.numel() for target in targets), default=0), []
+        for target, curve in zip(targets, self._share_out(targets, self._curve), strict=True):
             element = 8 * target.parameter.element_size()
             if curve.overhead + self._bits(target) * target.parameter.numel() >= element * target.parameter.numel():
                 dense[target.name] = SMALL
@@ -258,8 +259,9 @@ class _Job:
 
     def _solve_round(self, asked: list[tuple[Target, float]]) -> list[int]:
         """Solve weights at their noise steps, each on one rank; keep the bytes on all, return the bits of each."""
-        owners = self.ranks.owners([target.parameter.numel() for target, _ in asked])
-        sizes = self.ranks.share_out(asked, owners, lambda one: self._solve(*one), lambda one: one[0].name)
+        targets, steps = [target for target, _ in asked], {target.name: step for target, step in asked}
+        sizes = self._share_out(targets, lambda target: self._solve(target, steps[target.name]))
+        owners = self.ranks.owners([target.parameter.numel() for target in targets])
         for (target, step), owner, size in zip(asked, owners, sizes, strict=True):
             if self.workspace is None:
                 mine = self.packed[target.name] if owner == self.ranks.rank else empty_bytes(size)
@@ -267,6 +269,11 @@ class _Job:
             elif owner != self.ranks.rank:
                 self.packed[target.name] = self.workspace.of_other(target.name, step)
         return [8 * (size + self.header.entry(t, size)) for (t, _), size in zip(asked, sizes, strict=True)]
+
+    def _share_out(self, targets: list[Target], work: Callable[[Target], Result]) -> list[Result]:
+        """Return what ``work`` returned for each weight. As many run at a time as are no larger than the largest."""
+        sizes = [target.parameter.numel() for target in targets]
+        return self.ranks.share_out(targets, sizes, work, lambda target: target.name, self.largest)
 
     def _bits(self, target: Target) -> float:
         return float(target.options.get("bits", self.bits))  # type: ignore[arg-type]
@@ -308,10 +315,6 @@ class _Job:
             for w, m in zip(matrices, metrics, strict=True)
         ]
         return pack(factors, target.name).numel()
-
-
-def _name(target: Target) -> str:
-    return target.name
 
 
 def _groups(targets: list[Target]) -> dict[str | None, list[Target]]:

@@ -8,6 +8,8 @@ of ranks, so that the bytes of a run do not either.
 from __future__ import annotations
 
 import logging
+import math
+import os
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -16,6 +18,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .threads import side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +55,14 @@ class Ranks:
             cls._here = dist.group.WORLD, cls(dist.get_rank(), dist.get_world_size(), _group())
         return cls._here[1]
 
+    @classmethod
+    def launched(cls) -> Ranks:
+        """Return the ranks that a launcher (``torchrun``) started, for programs that do not meet them otherwise."""
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+        if several and dist.is_available() and not dist.is_initialized():
+            dist.init_process_group("gloo")
+        return cls.here()
+
     @property
     def first(self) -> bool:
         """Whether this is the rank that writes files and shows progress."""
@@ -65,32 +77,42 @@ class Ranks:
         return owners
 
     def share_out(
-        self, items: Sequence[Item], owners: Sequence[int], work: Callable[[Item], Result], name: Callable[[Item], str]
+        self,
+        items: Sequence[Item],
+        costs: Sequence[int],
+        work: Callable[[Item], Result],
+        name: Callable[[Item], str],
+        room: float = math.inf,
     ) -> list[Result]:
-        """Return what ``work`` returned for every item, on all ranks. Each is done by its owner, in order.
+        """Return what ``work`` returned for every item, on all ranks. Each is done by its owner (:meth:`owners`).
 
         Args:
             items: the same on all ranks.
-            owners: the rank of each.
+            costs: of each.
             work: its results should be small, and can be pickled.
             name: of an item, to say where a rank stopped.
+            room: what the costs of the items that run at a time on a rank may add up to; see :func:`side_by_side`.
 
         Raises:
             Exception: that of ``work``, on the rank where it was raised.
             RuntimeError: on all other ranks; says which rank stopped, at which item and why.
         """
-        at = ""
+        failed: list[str] = []
+        mine = [index for index, owner in enumerate(self.owners(costs)) if owner == self.rank]
+
+        def one(index: int) -> Result:
+            try:
+                return work(items[index])
+            except Exception:
+                failed.append(name(items[index]))
+                raise
 
         def part() -> dict[int, Result]:
-            nonlocal at
-            results = {}
-            for index, (item, owner) in enumerate(zip(items, owners, strict=True)):
-                if owner == self.rank:
-                    at = name(item)
-                    results[index] = work(item)
-            return results
+            results = side_by_side(one, mine, [costs[index] for index in mine], room)
+            return dict(zip(mine, results, strict=True))
 
-        merged = {index: result for found in self.gather(part, lambda: at) for index, result in found.items()}
+        found = self.gather(part, lambda: failed[0] if failed else "")
+        merged = {index: result for results in found for index, result in results.items()}
         return [merged[index] for index in range(len(items))]
 
     def gather(self, work: Callable[[], Result], at: Callable[[], str] = lambda: "") -> list[Result]:

@@ -7,22 +7,10 @@ takes 0.06 s. Matrices here have a few thousand columns at most, and gain little
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Have torch use one thread inside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+from .threads import one_thread
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,8 @@ class SavesWithCard(Base):
         options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        # Of the ranks of torch.distributed, transformers (5.23, earlier ones differ) has only the first write.
+        is_main_process = getattr(self, "should_save_on_this_rank", bool)(is_main_process)
         if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
             write_card(save_directory, repo_id if push_to_hub else None)
         if push_to_hub and is_main_process:
