@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -19,8 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_modules import SUFFIX, Held
+from .blocks import Batch, Replay, find_stacks
 from .calibration_data import calibration
-from .mapped import release
+from .mapped import release, trim
 from .ranks import Ranks
 from .recorder import Recorder, measuring, shared_inputs
 from .statistics import (
@@ -32,16 +31,16 @@ from .statistics import (
     shrink_diagonal,
     typical_importance,
 )
-from .sums import Sums, groups
+from .sums import measure_all
 from .targets import Target
 
 logger = logging.getLogger(__name__)
 
-Batch = Mapping[str, Tensor]
 UNTESTED = 0.1
 """Shrinkage of what no held-out data reached."""
 GRADIENTS_EVERY = 2
 """Gradients are taken of one batch of so many: g^2 has fewer numbers to be found than H, and costs twice as much."""
+_GRADIENT_COST = 4  # of running a batch forth, back and (recomputed) forth again, in runs forth
 _ROWS = 64  # rows of logits whose probabilities are held at a time
 
 
@@ -79,8 +78,8 @@ def collect(
         batches: inputs of the model, without padding (what is padded would be measured too).
         held_out: inputs on which shrinkage is chosen.
         seed: of the labels drawn.
-        memory: bytes that the moments H may take; where they need more, they are measured in several passes over the
-            data and lie in files meanwhile. None lets them take as much as the model's parameters do.
+        memory: bytes that the moments H of one block may take; where they need more, the data runs through it several
+            times. None lets them take as much as the model's parameters do.
 
     Raises:
         ValueError: there is no data, or activations or gradients are not finite.
@@ -90,70 +89,46 @@ def collect(
     if not batches or not held_out:
         raise ValueError("calibration needs data: two sequences or inputs at least")
     collection, ranks = _Collection(model, list(targets)), Ranks.here()
-    limit = memory or sum(p.numel() * p.element_size() for p in model.parameters())
     with measuring(model):
         shared = shared_inputs(model, collection.weights, batches[0])
-        passes = collection.plan(shared, limit)
-        steps = len(passes) * (len(batches) + len(held_out))
         recorder = Recorder(collection.weights, shared, collection.head)
+        replay = Replay(model, find_stacks(model, batches[0]))
+        limit = memory or sum(p.numel() * p.element_size() for p in model.parameters())
+        plan = collection.plan(shared, replay, limit)
+        some = batches[::GRADIENTS_EVERY], held_out[::GRADIENTS_EVERY]
+        cost = _GRADIENT_COST * max(len(replay.blocks), 1)
+        steps = cost * sum(map(len, some)) + len(plan) * (len(batches) + len(held_out))
         with recorder, transformers_logging.tqdm(total=steps, desc="Calibrating", disable=not ranks.first) as bar:
-            for number, wanted in enumerate(passes):
-                recorder.wanted = wanted
-                sums = Sums(ranks)
-                for recorder.held_out, some in ((False, batches), (True, held_out)):
-                    rows = _measure_all(model, recorder, some, seed, number == 0, sums, bar.update)
-                    collection.rows += 0 if recorder.held_out else rows
-                sums.give_back(recorder)
-                collection.finish_moments(recorder)
-                if number == 0:
-                    collection.gradients(recorder)
-                if len(passes) > 1:
-                    collection.spool()
+            recorder.wanted = collection.tables  # the moments of embeddings are those of gradients
+            gradients = partial(_gradients, model, recorder, seed)
+            collection.rows = measure_all(recorder, ranks, some, gradients, lambda count: bar.update(cost * count))
+            collection.keep_moments(recorder)
+            for index, recorder.wanted in plan:
+                with replay.at(index) as run:
+                    forth = partial(_forth, run)
+                    measure_all(recorder, ranks, (batches, held_out), forth, bar.update)
+                collection.keep_moments(recorder)
+                for block in replay.blocks[index : index + 1]:
+                    _release(block)
+        _release(model)
+        collection.finish_gradients(recorder)
     return collection.statistics()
 
 
-def _measure_all(
-    model: nn.Module,
-    recorder: Recorder,
-    batches: Sequence[Batch],
-    seed: int,
-    gradients: bool,
-    sums: Sums,
-    done: Callable[[int], object],
-) -> int:
-    """Run batches, group by group, each group on one rank; return the rows of predictions of all."""
-    rows, ranks = 0, sums.ranks
-    parts = groups(list(enumerate(batches)))
-    for first in range(0, len(parts), ranks.size):
-        turns = parts[first : first + ranks.size]
-        mine = turns[ranks.rank] if ranks.rank < len(turns) else []
-
-        def run(mine: Sequence[tuple[int, Batch]] = mine) -> int:
-            count = 0
-            for index, batch in mine:
-                # Labels that a batch draws do not depend on what ran before it.
-                draw = hashlib.sha256(f"{seed} {recorder.held_out} {index}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(draw[:4], "big"))
-                count += _measure(model, recorder, batch, generator, gradients and index % GRADIENTS_EVERY == 0)
-                done(1)
-            return count
-
-        rows += sum(ranks.gather(run))
-        done(sum(map(len, turns)) - len(mine))
-        sums.take(recorder, len(turns))
-    return rows
+def _forth(run: Callable[[int, Batch], Any], number: int, batch: Batch) -> int:
+    """Run a batch for what the recorder sees of it; no predictions are measured."""
+    run(number, batch)
+    return 0
 
 
-def _measure(model: nn.Module, recorder: Recorder, batch: Batch, generator: torch.Generator, gradients: bool) -> int:
-    """Run one batch, with the gradient of the log-likelihood of labels drawn from the output; return the rows of it."""
-    if not gradients:
-        with torch.no_grad():
-            model(**batch)
-        return 0
+def _gradients(model: nn.Module, recorder: Recorder, seed: int, number: int, batch: Batch) -> int:
+    """Run one batch forth and back, with labels drawn from the output; return the rows of predictions."""
+    # Labels that a batch draws do not depend on what ran before it.
+    draw = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(draw[:4], "big"))
     # Inputs that are not looked up in a table are where the graph begins.
     batch = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in batch.items()}
-    output = model(**batch)
-    target, gradient = _likelihood(output, generator)
+    target, gradient = _likelihood(model(**batch), generator)
     recorder.backward(target, gradient)
     return gradient.numel() // gradient.shape[-1]
 
@@ -189,6 +164,13 @@ def _pooled(output: Any) -> Tensor:  # noqa: ANN401
     return hidden.flatten(2).mean(-1) if hidden.dim() == 4 else hidden.mean(1)
 
 
+def _release(module: nn.Module) -> None:
+    """Give back what running a module took: pages of its weights, where they are mapped, and what was freed."""
+    for p in module.parameters():
+        release(p)
+    trim()
+
+
 class _Collection:
     """What is known of a model's weights, and how sums become statistics."""
 
@@ -205,37 +187,40 @@ class _Collection:
                 self.weights[name] = target.parameter if held.stacked else module
                 self.head = name if module is output else self.head
         self.rows = 0
-        self.moments: dict[str, Tensor] = {}
+        self.tables = {name for name, weight in self.weights.items() if isinstance(weight, nn.Embedding)}
+        self.moments = FileMoments()
         self.energies: dict[str, Tensor] = {}
         self.inputs: dict[str, str] = {}
         self.shrinkage: dict[str, float] = {}
         self.notes: dict[str, str] = {}
-        self.files: list[Path] = []
-        self.folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def plan(self, shared: Mapping[str, str], limit: int) -> list[set[str] | None]:
-        """Cut the inputs into passes whose moments fit into ``limit`` bytes; log what they need."""
-        sizes: dict[str, int] = {}
+    def plan(self, shared: Mapping[str, str], replay: Replay, limit: int) -> list[tuple[int, set[str]]]:
+        """Return what to measure in which order: (index of a block, names of inputs whose moments are summed there).
+
+        The last index stands for all that is in no block. Where moments of one index need more than ``limit`` bytes,
+        it comes several times.
+        """
+        block_of = {module: i for i, block in enumerate(replay.blocks) for module in block.modules()}
+        module_of = {held.name.removesuffix(SUFFIX): m for t in self.targets for m, _, held in t.sites}
+        sizes = dict.fromkeys(range(len(replay.blocks) + 1), 0)
+        wanted: dict[int, list[set[str]]] = {index: [set()] for index in sizes}
         for name, held in self.held.items():
-            if shared.get(name, name) == name:
-                slices = [f"{name}.{i}" for i in range(held.shape[0])] if held.stacked else [name]
-                sizes |= dict.fromkeys(slices, 4 * held.matrix_shape[1] ** 2)
-        passes: list[set[str]] = [set()]
-        # The moments of embeddings come with the gradients of the first pass, and a head tied to them goes with them.
-        first = {n for n, w in self.weights.items() if isinstance(w, nn.Embedding)} | {self.head}
-        room = limit
-        for name, size in sorted(sizes.items(), key=lambda item: item[0] not in first):
-            if size > room and passes[-1] and name not in first:
-                passes.append(set())
-                room = limit
-            passes[-1].add(name)
-            room -= size
-        logger.info("statistics of %d inputs need %.0f MB: %d passes of up to %.0f MB each",
-                    len(sizes), sum(sizes.values()) / 1e6, len(passes), limit / 1e6)  # fmt: skip
-        return list(passes) if len(passes) > 1 else [None]
+            if shared.get(name, name) != name or name in self.tables:
+                continue
+            index = block_of.get(module_of[name], len(replay.blocks))
+            for part in [f"{name}.{i}" for i in range(held.shape[0])] if held.stacked else [name]:
+                size = 4 * held.matrix_shape[1] ** 2
+                if sizes[index] + size > limit and wanted[index][-1]:
+                    wanted[index].append(set())
+                    sizes[index] = 0
+                wanted[index][-1].add(part)
+                sizes[index] += size
+        plan = [(index, names) for index, parts in wanted.items() for names in parts]
+        logger.info("statistics are measured in %d parts, of up to %.0f MB each", len(plan), max(sizes.values()) / 1e6)
+        return plan
 
-    def finish_moments(self, recorder: Recorder) -> None:
-        """Turn the sums of a pass into means and choose their shrinkage."""
+    def keep_moments(self, recorder: Recorder) -> None:
+        """Turn sums into means, choose their shrinkage, and move them to a file."""
         for key, total in recorder.moments.items():
             H = total.div_(recorder.counts[key])
             held = recorder.held_inputs.pop(key, None)
@@ -243,18 +228,10 @@ class _Collection:
             if recorder.counts[key] < len(H):
                 logger.warning("%s: %d rows of data for %d dimensions, shrunk by %.4g towards the identity",
                                key, recorder.counts[key], len(H), self.shrinkage[key])  # fmt: skip
-            self.moments[key] = H
-            release(H)
+        self.moments.add(recorder.moments)
         recorder.moments = {}
 
-    def spool(self) -> None:
-        """Move the moments so far to a file, which lives as long as the statistics do."""
-        self.folder = self.folder or tempfile.TemporaryDirectory(prefix="sqf-")
-        self.files.append(Path(self.folder.name) / f"{len(self.files)}.safetensors")
-        save_file({f"H:{key}": H for key, H in self.moments.items()}, self.files[-1])
-        self.moments = {}
-
-    def gradients(self, recorder: Recorder) -> None:
+    def finish_gradients(self, recorder: Recorder) -> None:
         """Turn the sums of the gradients' squares into ``g^2`` for one row of predictions, and join tied weights."""
         for target in self.targets:
             names = [held.name.removesuffix(SUFFIX) for _, _, held in target.sites]
@@ -275,7 +252,7 @@ class _Collection:
             return
         held = recorder.held_energies.get(name)
         self.shrinkage[f"{name}:g"] = choose_diagonal_shrinkage(energy, held) if held is not None else UNTESTED
-        if isinstance(self.weights.get(name), nn.Embedding):
+        if name in self.tables:
             # E over the positions of 1_id (x) delta delta^T: the energy of a row is its share of all.
             energy = energy / energy.sum() * recorder.counts[key]
         self.energies[name], self.inputs[name] = energy / self.rows, key
@@ -293,20 +270,18 @@ class _Collection:
         shares = [self.shrinkage[self.inputs[part]] for part in parts]
         for part in parts:
             del self.energies[part], self.shrinkage[f"{part}:g"]
-        self.moments[name], self.energies[name] = H, energy / H.trace()
+        self.moments.add({name: H})
+        self.energies[name] = energy / H.trace()
         self.inputs[name], self.shrinkage[name], self.shrinkage[f"{name}:g"] = name, max(shares), 0.0
 
     def statistics(self) -> Statistics:
         """Return what was measured."""
-        moments = FileMoments(self.files, self.folder) if self.files else self.moments
-        for name in [name for name in self.energies if self.inputs[name] not in moments]:
+        for name in [name for name in self.energies if self.inputs[name] not in self.moments]:
             del self.energies[name]
             self.notes[name] = "its inputs are not rows that a matrix multiplies"
-        if not self.files:  # parts of what was joined are not needed any more
-            used = {self.inputs[name] for name in self.energies}
-            moments = {key: H for key, H in self.moments.items() if key in used}
+        self.moments.keep({self.inputs[name] for name in self.energies})  # not the parts of what was joined
         for name, note in self.notes.items():
             logger.warning("%s: %s; it is given the importance of a typical weight", name, note)
         mark = fingerprint(self.model)
-        found = Statistics(moments, self.energies, self.inputs, self.shrinkage, 1.0, self.rows, mark, self.notes)
+        found = Statistics(self.moments, self.energies, self.inputs, self.shrinkage, 1.0, self.rows, mark, self.notes)
         return replace(found, typical=typical_importance(found, self.targets))

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import sys
-import tempfile
 from functools import cache
 
 import numpy as np
-import torch
 from torch import Tensor
 
 _DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
@@ -56,26 +53,3 @@ def release(tensor: Tensor) -> None:
     changed = (entries & _SWAPPED) | ((entries & _PRESENT) & ~((entries & _FILE_PAGE) << np.uint64(2)))
     if len(entries) == last - first and not changed.any():
         _libc().madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((last - first) * page), ctypes.c_int(_DONTNEED))
-
-
-def on_disk(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor that lies in a temporary file: the system may keep it there and not in memory.
-
-    The file has no name any more, and goes when the tensor does. Where files that are open cannot be deleted (other
-    than POSIX systems), and for tensors on accelerators, it is an ordinary copy.
-
-    Raises:
-        OSError: the disk that temporary files are on is full.
-    """
-    size = tensor.numel() * tensor.element_size()
-    if os.name != "posix" or tensor.device.type != "cpu" or size == 0:
-        return tensor.clone()
-    with tempfile.NamedTemporaryFile(prefix="sqf-") as file:
-        if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, and no signal when pages are written
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
-        copy = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-    copy.copy_(tensor)
-    release(copy)
-    return copy

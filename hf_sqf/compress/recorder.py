@@ -11,6 +11,7 @@ and g^2 says how much of the gradient's energy reaches each row.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -161,10 +162,10 @@ class Recorder(TorchFunctionMode):
         output.register_hook(add)
 
     def _add_moment(self, key: str, rows: Tensor) -> None:
-        if self.wanted is not None and key not in self.wanted:
-            return
         if not torch.isfinite(rows).all():
             raise ValueError(f"{key}: activations or gradients are not finite; load the model in bfloat16 or float32")
+        if self.wanted is not None and key not in self.wanted:
+            return
         rows = rows.float()
         if self.held_out:
             every = max(1, -(-len(rows) // HELD_ROWS))
@@ -184,12 +185,15 @@ def shared_inputs(
     model: nn.Module, weights: Mapping[str, nn.Module | nn.Parameter], batch: Mapping[str, Tensor]
 ) -> dict[str, str]:
     """Run one batch and return for each layer the name of the first one that had the very same input (q, k and v)."""
-    first: dict[int, tuple[Tensor, str]] = {}  # holds the inputs, so that no id is given twice
+    first: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by id, which is given again to another when one has died
     calls: dict[str, list[str]] = {}
 
     def note(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         del module, output
-        calls.setdefault(name, []).append(first.setdefault(id(args[0]), (args[0], name))[1])
+        known = first.get(id(args[0]))
+        if known is None or known[0]() is not args[0]:
+            known = first[id(args[0])] = weakref.ref(args[0]), name
+        calls.setdefault(name, []).append(known[1])
 
     with ExitStack() as stack, torch.no_grad():
         for name, module in weights.items():

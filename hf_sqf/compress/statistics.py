@@ -25,7 +25,7 @@ import hashlib
 import json
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .mapped import release
 from .metric import Metric
 from .targets import Target
 
@@ -45,20 +46,45 @@ FORMAT = "sqf-statistics-1"
 
 
 class FileMoments(Mapping[str, Tensor]):
-    """Moments that stay in safetensors files and are read one at a time: they may need more memory than there is.
+    """Moments in safetensors files, read one at a time: all of them may need more memory than there is.
 
     Args:
-        paths: the files.
-        folder: a temporary folder to be deleted when these moments are.
+        paths: of files to read. Those that :meth:`add` writes live as long as this object.
     """
 
-    def __init__(self, paths: Sequence[str | Path], folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
-        self._folder = folder
-        self._files = [safe_open(path, "pt") for path in paths]
-        self._of = {key[2:]: file for file in self._files for key in file.keys() if key.startswith("H:")}  # noqa: SIM118
+    def __init__(self, paths: Sequence[str | Path] = ()) -> None:
+        self._of: dict[str, Any] = {}  # key -> open file
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._written = 0
+        for path in paths:
+            self._open(path)
+
+    def _open(self, path: str | Path) -> None:
+        file = safe_open(path, "pt")
+        self._of |= {key[2:]: file for key in file.keys() if key.startswith("H:")}  # noqa: SIM118
+
+    def add(self, moments: Mapping[str, Tensor]) -> None:
+        """Move moments to a file; they take the place of others under the same names."""
+        if not moments:
+            return
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="sqf-")
+        path = Path(self._folder.name) / f"{self._written}.safetensors"
+        self._written += 1
+        save_file({f"H:{key}": H.contiguous() for key, H in moments.items()}, path)
+        self._open(path)
+
+    def keep(self, keys: Collection[str]) -> None:
+        """Forget all but these."""
+        self._of = {key: file for key, file in self._of.items() if key in keys}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FileMoments:
+        return self  # open files cannot be copied, and do not change
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._of[key].get_tensor(f"H:{key}")
+        mapped = self._of[key].get_tensor(f"H:{key}")
+        H = mapped.clone()
+        release(mapped)  # pages that were ever read would stay in memory otherwise
+        return H
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._of)
@@ -198,6 +224,7 @@ def typical_importance(measured: Statistics, targets: Iterable[Target]) -> float
                 metric = measured.metrics(name, [matrix])[0]
                 some = Metric(metric.H, metric.row_weights()[rows])
                 found.append(some.distance(matrix[rows], None) / matrix[rows].numel())
+        release(target.parameter)
     return statistics.median(found) if found else 1.0
 
 

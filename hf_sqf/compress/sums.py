@@ -6,13 +6,14 @@ has sums of its own, and those are added in the order of the groups, on all rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .mapped import on_disk, release
+from .blocks import Batch
 from .ranks import Ranks
 from .recorder import Recorder
 
@@ -28,17 +29,57 @@ def groups(items: Sequence[Item]) -> list[Sequence[Item]]:
     return [items[start:end] for start, end in zip(ends, ends[1:], strict=False)]
 
 
-class Sums:
+def measure_all(
+    recorder: Recorder,
+    ranks: Ranks,
+    data: tuple[Sequence[Batch], Sequence[Batch]],
+    run: Callable[[int, Batch], int],
+    done: Callable[[int], object],
+) -> int:
+    """Run batches, group by group, each group on one rank, and leave the recorder with the sums of all.
+
+    Args:
+        recorder: records what runs.
+        ranks: the processes that share the work.
+        data: batches that are measured, and batches that are held out.
+        run: runs a batch: (number of the batch among all, batch) -> rows of predictions. A batch of one number runs on
+            the same rank each time.
+        done: is told how many batches have been run.
+
+    Returns:
+        The rows of predictions of the batches that are measured.
+    """
+    rows, sums, numbers = 0, _Sums(ranks), itertools.count()
+    for recorder.held_out, batches in zip((False, True), data, strict=True):
+        parts = groups([(next(numbers), batch) for batch in batches])
+        for first in range(0, len(parts), ranks.size):
+            turns = parts[first : first + ranks.size]
+            mine = turns[ranks.rank] if ranks.rank < len(turns) else []
+
+            def run_mine(mine: Sequence[tuple[int, Batch]] = mine) -> int:
+                count = 0
+                for number, batch in mine:
+                    count += run(number, batch)
+                    done(1)
+                return count
+
+            found = sum(ranks.gather(run_mine))
+            rows += 0 if recorder.held_out else found
+            done(sum(map(len, turns)) - len(mine))
+            sums.take(recorder, len(turns))
+    sums.give_back(recorder)
+    return rows
+
+
+class _Sums:
     """What recorders of all ranks have summed, group by group.
 
-    The moments lie in temporary files, so that memory need hold those of one group only.
-
-    Attributes:
+    Args:
         ranks: the processes that measure.
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+        self._ranks = ranks
         self._counts: dict[str, int] = {}
         self._sums: dict[str, dict[str, Tensor]] = {"moments": {}, "energies": {}, "held_energies": {}}
         self._held_inputs: dict[str, list[Tensor]] = {}
@@ -50,13 +91,13 @@ class Sums:
         """
         mine = list(_pieces(recorder))
         said = [(kind, key, tuple(tensor.shape), tensor.device.type) for kind, key, tensor in mine]
-        found = self.ranks.gather(lambda: (said, recorder.counts))
+        found = self._ranks.gather(lambda: (said, recorder.counts))
         for owner, (pieces, counts) in enumerate(found[:turns]):
             for key, count in counts.items():
                 self._counts[key] = self._counts.get(key, 0) + count
             for place, (kind, key, shape, device) in enumerate(pieces):
-                tensor = mine[place][2] if owner == self.ranks.rank else torch.empty(shape, device=device)
-                self._add(kind, key, self.ranks.broadcast(tensor, owner))
+                tensor = mine[place][2] if owner == self._ranks.rank else torch.empty(shape, device=device)
+                self._add(kind, key, self._ranks.broadcast(tensor, owner))
         recorder.moments, recorder.counts, recorder.energies = {}, {}, {}
         recorder.held_inputs, recorder.held_energies = {}, {}
 
@@ -73,9 +114,9 @@ class Sums:
         if kind == "held_inputs":
             self._held_inputs.setdefault(key, []).append(tensor)
         elif key not in self._sums[kind]:
-            self._sums[kind][key] = on_disk(tensor) if kind == "moments" else tensor
+            self._sums[kind][key] = tensor
         else:
-            release(self._sums[kind][key].add_(tensor))
+            self._sums[kind][key].add_(tensor)
 
 
 def _pieces(recorder: Recorder) -> Iterator[tuple[str, str, Tensor]]:
