@@ -31,7 +31,7 @@ from .statistics import (
     shrink_diagonal,
     typical_importance,
 )
-from .sums import measure_all
+from .sums import Sums, measure_all
 from .targets import Target
 
 logger = logging.getLogger(__name__)
@@ -101,17 +101,16 @@ def collect(
         with recorder, transformers_logging.tqdm(total=steps, desc="Calibrating", disable=not ranks.first) as bar:
             recorder.wanted = collection.tables  # the moments of embeddings are those of gradients
             gradients = partial(_gradients, model, recorder, seed)
-            collection.rows = measure_all(recorder, ranks, some, gradients, lambda count: bar.update(cost * count))
-            collection.keep_moments(recorder)
+            sums = measure_all(recorder, ranks, some, gradients, lambda count: bar.update(cost * count))
+            collection.keep_moments(sums)
             for index, recorder.wanted in plan:
                 with replay.at(index) as run:
                     forth = partial(_forth, run)
-                    measure_all(recorder, ranks, (batches, held_out), forth, bar.update)
-                collection.keep_moments(recorder)
+                    collection.keep_moments(measure_all(recorder, ranks, (batches, held_out), forth, bar.update))
                 for block in replay.blocks[index : index + 1]:
                     _release(block)
         _release(model)
-        collection.finish_gradients(recorder)
+        collection.finish_gradients(sums, shared)
     return collection.statistics()
 
 
@@ -219,42 +218,42 @@ class _Collection:
         logger.info("statistics are measured in %d parts, of up to %.0f MB each", len(plan), max(sizes.values()) / 1e6)
         return plan
 
-    def keep_moments(self, recorder: Recorder) -> None:
+    def keep_moments(self, sums: Sums) -> None:
         """Turn sums into means, choose their shrinkage, and move them to a file."""
-        for key, total in recorder.moments.items():
-            H = total.div_(recorder.counts[key])
-            held = recorder.held_inputs.pop(key, None)
+        for key, total in sums.moments.items():
+            H = total.div_(sums.counts[key])
+            held = sums.held_inputs.pop(key, None)
             self.shrinkage[key] = choose_shrinkage(H, torch.cat(held)) if held else UNTESTED
-            if recorder.counts[key] < len(H):
+            if sums.counts[key] < len(H):
                 logger.warning("%s: %d rows of data for %d dimensions, shrunk by %.4g towards the identity",
-                               key, recorder.counts[key], len(H), self.shrinkage[key])  # fmt: skip
-        self.moments.add(recorder.moments)
-        recorder.moments = {}
+                               key, sums.counts[key], len(H), self.shrinkage[key])  # fmt: skip
+        self.moments.add(sums.moments)
 
-    def finish_gradients(self, recorder: Recorder) -> None:
+    def finish_gradients(self, sums: Sums, shared: Mapping[str, str]) -> None:
         """Turn the sums of the gradients' squares into ``g^2`` for one row of predictions, and join tied weights."""
+        self.rows = sums.rows
         for target in self.targets:
             names = [held.name.removesuffix(SUFFIX) for _, _, held in target.sites]
             if target.held.stacked:
                 names = [f"{target.name}.{i}" for i in range(target.held.shape[0])]
             for name in names:
-                self._gradient(recorder, name)
+                self._gradient(sums, name, shared.get(name, name))
             found = [name for name in names if name in self.energies]
             if len(target.sites) > 1 and found:
                 self._join(target.name, found)
                 for name in names:
                     self.notes.pop(name, None)
 
-    def _gradient(self, recorder: Recorder, name: str) -> None:
-        energy, key = recorder.energies.get(name), recorder.shared.get(name, name)
+    def _gradient(self, sums: Sums, name: str, key: str) -> None:
+        energy = sums.energies.get(name)
         if energy is None or not energy.any():
             self.notes[name] = "the data did not reach it"
             return
-        held = recorder.held_energies.get(name)
+        held = sums.held_energies.get(name)
         self.shrinkage[f"{name}:g"] = choose_diagonal_shrinkage(energy, held) if held is not None else UNTESTED
         if name in self.tables:
             # E over the positions of 1_id (x) delta delta^T: the energy of a row is its share of all.
-            energy = energy / energy.sum() * recorder.counts[key]
+            energy = energy / energy.sum() * sums.counts[key]
         self.energies[name], self.inputs[name] = energy / self.rows, key
 
     def _join(self, name: str, parts: list[str]) -> None:

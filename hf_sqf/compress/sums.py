@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -29,27 +30,67 @@ def groups(items: Sequence[Item]) -> list[Sequence[Item]]:
     return [items[start:end] for start, end in zip(ends, ends[1:], strict=False)]
 
 
+@dataclass(eq=False)
+class Sums:
+    """What the recorders of all ranks have summed; for the attributes see :class:`~.recorder.Recorder`.
+
+    Attributes:
+        rows: rows of predictions of the batches that were not held out.
+    """
+
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    energies: dict[str, Tensor] = field(default_factory=dict)
+    held_inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    held_energies: dict[str, Tensor] = field(default_factory=dict)
+    rows: int = 0
+
+    def take(self, recorder: Recorder, turns: int, ranks: Ranks) -> None:
+        """Add the sums of one group from the recorder of each of the first ``turns`` ranks, in the ranks' order.
+
+        Every rank calls it, with its own recorder, which is empty afterwards.
+        """
+        mine = list(_pieces(recorder))
+        said = [(kind, key, tuple(tensor.shape), tensor.device.type) for kind, key, tensor in mine]
+        found = ranks.gather(lambda: (said, recorder.counts))
+        for owner, (pieces, counts) in enumerate(found[:turns]):
+            for key, count in counts.items():
+                self.counts[key] = self.counts.get(key, 0) + count
+            for place, (kind, key, shape, device) in enumerate(pieces):
+                tensor = mine[place][2] if owner == ranks.rank else torch.empty(shape, device=device)
+                self._add(kind, key, ranks.broadcast(tensor, owner))
+        recorder.moments, recorder.counts, recorder.energies = {}, {}, {}
+        recorder.held_inputs, recorder.held_energies = {}, {}
+
+    def _add(self, kind: str, key: str, tensor: Tensor) -> None:
+        if kind == "held_inputs":
+            self.held_inputs.setdefault(key, []).append(tensor)
+            return
+        sums = getattr(self, kind)
+        if key in sums:
+            sums[key].add_(tensor)
+        else:
+            sums[key] = tensor
+
+
 def measure_all(
     recorder: Recorder,
     ranks: Ranks,
     data: tuple[Sequence[Batch], Sequence[Batch]],
     run: Callable[[int, Batch], int],
     done: Callable[[int], object],
-) -> int:
-    """Run batches, group by group, each group on one rank, and leave the recorder with the sums of all.
+) -> Sums:
+    """Run batches, group by group, each group on one rank; return the sums of all.
 
     Args:
-        recorder: records what runs.
+        recorder: records what runs; is empty before and afterwards.
         ranks: the processes that share the work.
         data: batches that are measured, and batches that are held out.
         run: runs a batch: (number of the batch among all, batch) -> rows of predictions. A batch of one number runs on
             the same rank each time.
         done: is told how many batches have been run.
-
-    Returns:
-        The rows of predictions of the batches that are measured.
     """
-    rows, sums, numbers = 0, _Sums(ranks), itertools.count()
+    sums, numbers = Sums(), itertools.count()
     for recorder.held_out, batches in zip((False, True), data, strict=True):
         parts = groups([(next(numbers), batch) for batch in batches])
         for first in range(0, len(parts), ranks.size):
@@ -63,60 +104,11 @@ def measure_all(
                     done(1)
                 return count
 
-            found = sum(ranks.gather(run_mine))
-            rows += 0 if recorder.held_out else found
+            rows = sum(ranks.gather(run_mine))
+            sums.rows += 0 if recorder.held_out else rows
             done(sum(map(len, turns)) - len(mine))
-            sums.take(recorder, len(turns))
-    sums.give_back(recorder)
-    return rows
-
-
-class _Sums:
-    """What recorders of all ranks have summed, group by group.
-
-    Args:
-        ranks: the processes that measure.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._counts: dict[str, int] = {}
-        self._sums: dict[str, dict[str, Tensor]] = {"moments": {}, "energies": {}, "held_energies": {}}
-        self._held_inputs: dict[str, list[Tensor]] = {}
-
-    def take(self, recorder: Recorder, turns: int) -> None:
-        """Add the sums of one group from the recorder of each of the first ``turns`` ranks, in the ranks' order.
-
-        Every rank calls it, with its own recorder, which is empty afterwards.
-        """
-        mine = list(_pieces(recorder))
-        said = [(kind, key, tuple(tensor.shape), tensor.device.type) for kind, key, tensor in mine]
-        found = self._ranks.gather(lambda: (said, recorder.counts))
-        for owner, (pieces, counts) in enumerate(found[:turns]):
-            for key, count in counts.items():
-                self._counts[key] = self._counts.get(key, 0) + count
-            for place, (kind, key, shape, device) in enumerate(pieces):
-                tensor = mine[place][2] if owner == self._ranks.rank else torch.empty(shape, device=device)
-                self._add(kind, key, self._ranks.broadcast(tensor, owner))
-        recorder.moments, recorder.counts, recorder.energies = {}, {}, {}
-        recorder.held_inputs, recorder.held_energies = {}, {}
-
-    def give_back(self, recorder: Recorder) -> None:
-        """Give a recorder the sums over all groups."""
-        recorder.moments, recorder.counts, recorder.energies = (
-            self._sums["moments"],
-            self._counts,
-            self._sums["energies"],
-        )
-        recorder.held_inputs, recorder.held_energies = self._held_inputs, self._sums["held_energies"]
-
-    def _add(self, kind: str, key: str, tensor: Tensor) -> None:
-        if kind == "held_inputs":
-            self._held_inputs.setdefault(key, []).append(tensor)
-        elif key not in self._sums[kind]:
-            self._sums[kind][key] = tensor
-        else:
-            self._sums[kind][key].add_(tensor)
+            sums.take(recorder, len(turns), ranks)
+    return sums
 
 
 def _pieces(recorder: Recorder) -> Iterator[tuple[str, str, Tensor]]:
