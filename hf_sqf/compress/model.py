@@ -250,8 +250,9 @@ class _Job:
                 curves = [self.curves[t.name] for t in members]
 
                 def solve_round(asked: list[tuple[int, float]], members: list[Target] = members) -> list[int]:
+                    before = len(self.packed)
                     sizes = self._solve_round([(members[index], step) for index, step in asked])
-                    bar.update(len(self.packed) - bar.n)
+                    bar.update(len(self.packed) - before)
                     return sizes
 
                 fit(curves, self._bits(members[0]) * sum(c.count for c in curves), solve_round)

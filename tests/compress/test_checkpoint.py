@@ -3,15 +3,16 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 import hf_sqf
 from hf_sqf import SQFConfig, compress_checkpoint
@@ -24,7 +25,6 @@ OPTIONS = {"bits": 4.0, "structure": "grid"}
 RUN = """
 import sys
 from hf_sqf import SQFConfig, compress_checkpoint
-print("started", flush=True)
 compress_checkpoint(sys.argv[1], sys.argv[2], SQFConfig(bits=4.0, structure="grid"))
 """
 
@@ -120,10 +120,38 @@ def test_a_target_in_use_is_refused(source, tmp_path):
     assert not (tmp_path / ".small.partial").exists()
 
 
-def test_an_impossible_target_writes_nothing(source, tmp_path):
-    (tmp_path / "file").write_text("")
+@pytest.fixture(params=["behind a file", "read-only", "system"])
+def impossible(request, tmp_path):
+    """A target that cannot be made."""
+    if request.param == "system":
+        if not sys.platform.startswith("linux"):
+            pytest.skip("needs a folder that even the administrator cannot write to")
+        return Path("/proc/small")
+    folder = tmp_path / "folder"
+    if request.param == "behind a file":
+        folder.write_text("")
+    elif os.name != "posix" or os.geteuid() == 0:
+        pytest.skip("whoever runs this may write everywhere")
+    else:
+        folder.mkdir(mode=0o555)
+    return folder / "small"
+
+
+def test_an_impossible_target_is_an_error_before_any_work(source, tmp_path, impossible, monkeypatch):
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(model_module, "solve", lambda *args, **options: pytest.fail("work was begun"))
     with pytest.raises(OSError):
-        compress_checkpoint(source, tmp_path / "file" / "small", SQFConfig(**OPTIONS))
+        compress_checkpoint(source, impossible, SQFConfig(**OPTIONS))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_progress_bars(source, tmp_path):
+    logging.disable_progress_bar()
+    try:
+        target = compress_checkpoint(source, tmp_path / "small", SQFConfig(**OPTIONS))
+    finally:
+        logging.enable_progress_bar()
+    assert weights(target)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits what a process may write")
@@ -193,24 +221,80 @@ def test_calibration_resumes(source, tmp_path, monkeypatch):
     assert resumed == weights(compress_checkpoint(source, tmp_path / "once", config)) and len(calls) == 2
 
 
+class Runs:
+    """Starts runs in processes that are forked from one which has run once and need not import or compile anything.
+
+    That process has one thread: a child of a process with several may wait for the others for ever.
+    """
+
+    SCRIPT = """
+import os, signal, sys, time
+import torch
+from transformers.utils import logging
+from hf_sqf import SQFConfig, compress_checkpoint
+
+def run(target):
+    compress_checkpoint(sys.argv[1], target, SQFConfig(bits=4.0, structure="grid"))
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+run(sys.argv[2])
+for line in sys.stdin:
+    seconds, target = line.rstrip().split(" ", 1)
+    began = time.monotonic()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            run(target)
+            code = 0
+        finally:
+            os._exit(code)
+    ended, status = os.waitpid(child, os.WNOHANG)
+    while not ended:
+        if time.monotonic() > began + float(seconds):
+            os.kill(child, signal.SIGKILL)  # not waited for yet, so that the number is still its own
+        time.sleep(0.001)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    print(os.waitstatus_to_exitcode(status), time.monotonic() - began, flush=True)
+"""
+
+    def __init__(self, source: Path, first: Path) -> None:
+        command = [sys.executable, "-c", self.SCRIPT, str(source), str(first)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, target: Path, seconds: float = 1e9) -> tuple[int, float]:
+        """Start a run and kill it after so many seconds; return its exit code and how long it took."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{seconds} {target}\n")
+        self._process.stdin.flush()
+        code, took = self._process.stdout.readline().split()
+        return int(code), float(took)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills processes")
 def test_killed_at_any_moment(source, tmp_path):
+    """Fifty times, at moments spread evenly over the time that a run takes; a run that got through starts over."""
     expected = on_load(source, tmp_path / "on_load")
-    target, dice, kills = tmp_path / "small", random.Random(0), 0
-    for _ in range(200):
-        process = subprocess.Popen([sys.executable, "-c", RUN, str(source), str(target)], stdout=subprocess.PIPE)
-        assert process.stdout is not None and process.stdout.readline()
-        if kills < 50:
-            time.sleep(dice.uniform(0.0, 1.5))
-            process.send_signal(signal.SIGKILL)
-            kills += process.poll() is None or process.wait() != 0
-        code = process.wait()
-        if code == 0:
-            assert weights(target) == expected
-            if kills >= 50:
-                break
-            for file in target.rglob("*"):
-                file.unlink()
-            target.rmdir()
-    assert kills >= 50 and weights(target) == expected
+    target, dice, kills, left = tmp_path / "small", random.Random(0), 0, []
+    run = Runs(source, tmp_path / "first")
+    try:
+        _, whole = run(tmp_path / "second")
+        while kills < 50:
+            code, _ = run(target, dice.uniform(0.0, whole))
+            assert code in (0, -signal.SIGKILL)
+            kills += code != 0
+            assert not target.exists() or weights(target) == expected  # whole, or not there
+            left.append(len(list((tmp_path / ".small.partial").glob("*.sqf"))))
+            if code == 0:
+                shutil.rmtree(target)
+        assert run(target)[0] == 0
+    finally:
+        run.close()
+    assert weights(target) == weights(tmp_path / "first") == expected
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["first", "on_load", "second", "small", "source"]
+    assert left.count(0) > 1 and len(set(left)) >= 5  # they fell before, between and behind the weights

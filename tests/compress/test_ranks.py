@@ -46,7 +46,10 @@ def make_everything(source: Path, out: Path) -> None:
     model.save_pretrained(out.parent / "saved")  # on all ranks, of which the first one writes
     model = build("llama")
     found = collect(model, find_targets(model, SQFConfig())[0], data()[:9], data()[9:], memory=9000)
-    found.save(out / "statistics.safetensors")
+    save_file(
+        {**found.moments, **{f"{name} g": g for name, g in found.energies.items()}}, out / "statistics.safetensors"
+    )
+    (out / "statistics.json").write_text(json.dumps([found.inputs, found.shrinkage, found.typical, found.tokens]))
     compress_checkpoint(source, out.parent / "checkpoint" / "small", SQFConfig(**GRID))
 
 
@@ -121,6 +124,7 @@ def test_a_rank_that_raises_stops_all_with_its_reason(alone, tmp_path):
     assert bytes_of(resumed) == bytes_of(alone / "checkpoint" / "small")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_a_rank_that_is_killed_stops_all_and_a_later_run_goes_on(alone, tmp_path):
     code, said, _ = torchrun(2, tmp_path, "killed", alone / "source", tmp_path / "small")
@@ -132,6 +136,7 @@ def test_a_rank_that_is_killed_stops_all_and_a_later_run_goes_on(alone, tmp_path
     assert not (tmp_path / ".small.partial").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line(alone, tmp_path):
     """Two ranks of ``hf-sqf compress``; one line of output, and the same bytes."""
     code, said, _ = torchrun(2, tmp_path, "command", alone / "source", tmp_path / "small")
@@ -141,6 +146,7 @@ def test_the_command_line(alone, tmp_path):
     assert "bits per compressed weight" in out[0] and out[1] == ""
 
 
+@pytest.mark.slow
 def test_ranks_must_ask_for_the_same_and_all_come(alone, tmp_path):
     code, said, _ = torchrun(2, tmp_path, "differing", alone / "source", tmp_path / "small")
     assert code == 0, said
