@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _PATIENCE = timedelta(days=30)  # a rank may be at one weight for long; one that died is noticed at once
+_COMING = timedelta(minutes=30)  # for all ranks to come at first
 _SILENCE = 60.0  # seconds until it is said that other ranks are waited for
 
 
@@ -47,7 +48,7 @@ class Ranks:
         """Return the ranks of the process group that is initialised. Every rank of it must come here.
 
         Raises:
-            RuntimeError: another rank did not come within the time-out of the process group.
+            RuntimeError: another rank did not come within half an hour.
         """
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return cls()
@@ -182,8 +183,8 @@ class Ranks:
 def _group() -> dist.ProcessGroup:
     """Return a process group of all ranks that sends from the processors' memory and is patient.
 
-    It takes all ranks to make one. Whether they all come is found out with the patience of the process group that is
-    initialised already: a rank that compresses alone must not wait for ever.
+    It takes all ranks to make one. Whether they all come is found out with less patience: a rank that compresses alone
+    must not wait for ever.
     """
     said = (
         f"rank {dist.get_rank()} waits for the others: under torch.distributed all {dist.get_world_size()} ranks "
@@ -193,7 +194,7 @@ def _group() -> dist.ProcessGroup:
     timer.daemon = True
     timer.start()
     try:
-        trial = dist.new_group(backend="gloo")
+        trial = dist.new_group(backend="gloo", timeout=_COMING)
     except RuntimeError as error:
         raise RuntimeError(f"{said} ({error})") from error
     finally:

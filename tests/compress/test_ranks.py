@@ -155,6 +155,13 @@ def test_ranks_must_ask_for_the_same_and_all_come(alone, tmp_path):
     assert "rank 0 waits for the others: under torch.distributed all 2 ranks must call compress" in said[0]
 
 
+@pytest.mark.slow
+def test_a_rank_that_compresses_alone_does_not_wait_for_ever(alone, tmp_path):
+    code, said, _ = torchrun(2, tmp_path, "alone", alone / "source", tmp_path / "small")
+    assert code == 0, said
+    assert "refused: rank 0 waits for the others: under torch.distributed all 2 ranks must call compress" in said[0]
+
+
 def test_work_is_shared_out_by_cost():
     assert Ranks(0, 2).owners([1, 5, 3, 3, 4]) == [1, 0, 1, 0, 1]
     assert Ranks(0, 1).owners([1, 2]) == [0, 0]
@@ -218,6 +225,18 @@ def main() -> None:
         except ValueError as error:
             sys.stderr.write(f"{error}\n")
         dist.destroy_process_group()
+        return
+
+    if task == "alone":
+        ranks_module._COMING = timedelta(seconds=2)
+        if rank == 0:
+            try:
+                compress(build("llama"), SQFConfig(**GRID))
+            except RuntimeError as error:
+                sys.stderr.write(f"refused: {error}\n")
+            (out.parent / "refused").touch()
+        while not (out.parent / "refused").exists():
+            time.sleep(0.1)
         return
 
     def no_room() -> None:
