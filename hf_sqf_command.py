@@ -263,7 +263,8 @@ def report(
     from hf_sqf.cli.folders import refuse_file, whole_file
     from hf_sqf.cli.showing import inspected
     from hf_sqf.hub.fetching import folder_of
-    from hf_sqf.report.page import code_counts, page
+    from hf_sqf.report.accounts import code_counts
+    from hf_sqf.report.page import page
 
     refuse_file(out, ".html", force)
     found = folder_of(folder)
@@ -327,13 +328,14 @@ def _measure(
 ) -> None:
     if samples is not None and dataset is None:
         raise typer.BadParameter("--samples are taken from --dataset, which is missing")
-    from hf_sqf.cli import measuring, plotting, showing
+    from hf_sqf.cli import measuring, showing
+    from hf_sqf.report import plots
 
     if plot is not None:
-        plotting.refuse_plot(plot)
+        plots.refuse_plot(plot)
     rows = measuring.evaluate(models, against, dataset, samples, context, record)
     if plot is not None:
-        plotting.plot(rows, plot)
+        plots.save(plots.size_against_quality([plots.models(rows)], rows[0]["metric"]), plot)
     give(rows) if as_json else showing.show_rows(showing.console(ctx.obj.quiet), rows)
 
 

@@ -160,7 +160,8 @@ def test_wrong_runtime_imports_are_found(source: str, count: int):
 def test_only_the_command_line_needs_its_libraries(path: Path):
     package = ".".join(("hf_sqf", *path.relative_to(PACKAGE).parent.parts))
     roots = {name.split(".")[0] for name, _, _ in imported(path.read_text(encoding="utf-8"), package)}
-    assert not roots & {"typer", "rich", "yaml", "matplotlib"}
+    allowed = {"matplotlib"} if path == PACKAGE / "report" / "plots.py" else set()
+    assert not roots & {"typer", "rich", "yaml", "matplotlib"} - allowed
 
 
 def test_help_waits_for_no_heavy_import():

@@ -14,20 +14,12 @@ from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
 from ..hub.card import megabytes
+from ..report.fidelity import HEADINGS
 from ..runtime.sqf_size import SizeReport, size_report
 
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 _BAR = 24  # characters of the longest bar
 _WIDE = 140  # columns where nobody says how many there are: in a pipe or a file
-
-COLUMNS = {
-    "value": {"kl": "KL (nats)", "cosine": "cosine"},
-    "worst": {"kl": "worst KL", "cosine": "lowest cosine"},
-    "agreement": {"kl": "top-1 agreement"},
-    "perplexity": {"kl": "perplexity"},
-    "original_perplexity": {"kl": "original's"},
-}
-"""Figure of a fidelity check -> metric -> heading."""
 
 
 def silence() -> None:
@@ -75,7 +67,7 @@ def show_inspected(out: Console, folder: Path, figures: dict[str, Any], each_wei
         out.print(f"  left as it is: {name} ({reason})")
     if figures["fidelity"]:
         found = figures["fidelity"]
-        out.print(f"  {COLUMNS['value'][found['metric']]} to the original: {found['value']:.4g}, on {found['name']}")
+        out.print(f"  {HEADINGS['value'][found['metric']]} to the original: {found['value']:.4g}, on {found['name']}")
     table = Table("weight" if each_weight else "layer", *_right("parameters", "zeros", "bits per weight"), "")
     groups = [(row["name"], [row]) for row in packed] if each_weight else layers(packed)
     widths = {name: 8 * sum(r["bytes"] for r in rows) / sum(r["parameters"] for r in rows) for name, rows in groups}
@@ -100,8 +92,8 @@ def layers(rows: Iterable[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any
 
 def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return headings and cells of what :func:`hf_sqf.cli.measuring.evaluate` measured."""
-    known = [name for name in COLUMNS if any(name in row for row in rows)]
-    head = ["model", "size", "bits per weight", *(COLUMNS[name][rows[0]["metric"]] for name in known), "measured on"]
+    known = [name for name in HEADINGS if any(name in row for row in rows)]
+    head = ["model", "size", "bits per weight", *(HEADINGS[name][rows[0]["metric"]] for name in known), "measured on"]
     body = []
     for row in rows:
         figures = [_figure(name, row) for name in known]

@@ -17,6 +17,14 @@ Inputs = Mapping[str, Tensor]
 """Keyword arguments of a model's forward, a batch of them."""
 TEXTS = f"pydoc_data.topics of Python {platform.python_version()}"
 """What :func:`default_texts` are, for the record."""
+HEADINGS = {
+    "value": {"kl": "KL (nats)", "cosine": "cosine"},
+    "worst": {"kl": "worst KL", "cosine": "lowest cosine"},
+    "agreement": {"kl": "top-1 agreement"},
+    "perplexity": {"kl": "perplexity"},
+    "original_perplexity": {"kl": "original's"},
+}
+"""Figure of a fidelity check -> metric -> heading."""
 _ROWS = 1024  # predictions whose distributions are held at once
 
 
@@ -89,7 +97,7 @@ def compare(model: PreTrainedModel, original: PreTrainedModel, batches: Iterable
     """
     modes = model.training, original.training
     model.eval(), original.eval()
-    sums = _Sums(causal=original.can_generate() and not original.config.is_encoder_decoder)
+    sums = Sums(causal=original.can_generate() and not original.config.is_encoder_decoder)
     # A bar after two seconds, with the time left where the number of batches is known.
     for batch in transformers_logging.tqdm(batches, desc="Comparing with the original", delay=2.0):
         outputs = [m(**{name: t.to(m.device) for name, t in batch.items()}) for m in (original, model)]
@@ -113,7 +121,13 @@ def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return hidden.mean(1) if hidden.dim() == 3 else hidden.flatten(1)
 
 
-class _Sums:
+class Sums:
+    """What is known of two models' outputs so far; the outputs themselves are not kept.
+
+    Args:
+        causal: token ids come with the logits, each predicted by the logits before it.
+    """
+
     def __init__(self, causal: bool) -> None:
         self.causal = causal
         self.kl: list[Tensor] = []  # (predictions,) of each input
@@ -123,7 +137,7 @@ class _Sums:
         self.tokens = 0
 
     def add_logits(self, p: Tensor, q: Tensor, tokens: Tensor | None) -> None:
-        """p (original), q: float32 (predictions, classes) of one input; tokens: (predictions,)."""
+        """Take float32 (predictions, classes) of one input, p the original's; tokens: (predictions,)."""
         parts = []
         for a, b in zip(p.split(_ROWS), q.split(_ROWS), strict=True):
             log_p, log_q = F.log_softmax(a, -1), F.log_softmax(b, -1)
@@ -139,7 +153,23 @@ class _Sums:
         """Take float32 (inputs, dim) of a batch."""
         self.cosine.append(F.cosine_similarity(p, q, dim=-1))
 
+    def perplexities(self) -> tuple[float, float]:
+        """Return the original's and the model's perplexity of the next tokens, e^700 at most.
+
+        Raises:
+            ValueError: no tokens came with the logits.
+        """
+        if not self.tokens:
+            raise ValueError("there are no tokens to tell a perplexity by")
+        original, own = (math.exp(min(loss / self.tokens, 700.0)) for loss in self.losses)
+        return original, own
+
     def result(self) -> dict[str, Any]:
+        """Return what :func:`compare` returns.
+
+        Raises:
+            ValueError: an output was not finite, or there were no inputs.
+        """
         if not self.kl and not self.cosine:
             raise ValueError("there are no inputs to compare the models on")
         values = torch.cat(self.kl or self.cosine)
@@ -152,6 +182,6 @@ class _Sums:
         found = {"metric": "kl", "value": mean, "worst": round(worst, 6), "count": count}
         found["agreement"] = round(self.agreed / count, 6)
         if self.tokens:
-            original, own = (round(math.exp(min(loss / self.tokens, 700.0)), 4) for loss in self.losses)
-            found |= {"perplexity": own, "original_perplexity": original}
+            original, own = self.perplexities()
+            found |= {"perplexity": round(own, 4), "original_perplexity": round(original, 4)}
         return found

@@ -6,20 +6,13 @@ printed. Shades always come with their figures, so that it reads in black and wh
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from ..runtime.sqf_container import records
-from ..runtime.sqf_modules import SUFFIX
 from ..runtime.sqf_size import SizeReport
+from .accounts import bits_by_layer, code_shares
 
-_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<name>.*)$")
-_LARGEST = 8  # codes further from zero share a bar
 _DARK = 0.55  # share of black from which figures are white
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #111 }
@@ -31,36 +24,13 @@ th, td { padding: .15em .6em; text-align: right; border-bottom: 1px solid #ddd }
 """
 
 
-def code_counts(folder: Path) -> Counter[int]:
-    """Return how often each code of the factors occurs in a compressed model; indices of codebooks do not count.
-
-    Args:
-        folder: with the safetensors.
-
-    Raises:
-        ValueError: a weight is damaged; names it.
-    """
-    counts: Counter[int] = Counter()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                if not name.endswith(SUFFIX):
-                    continue
-                for record in records(tensors.get_tensor(name), name):
-                    for term in record.factors().terms:
-                        if not term.one_hot:
-                            values, found = term.codes.unique(return_counts=True)
-                            counts.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
-    return counts
-
-
 def page(name: str, figures: dict[str, Any], counts: Counter[int]) -> str:
     """Return the page.
 
     Args:
         name: of the model, its heading.
         figures: what :func:`hf_sqf.cli.showing.inspected` says of the model.
-        counts: of the codes, from :func:`code_counts`.
+        counts: of the codes, from :func:`hf_sqf.report.accounts.code_counts`.
     """
     packed = SizeReport(figures["total_bytes"], figures["rows"]).compressed_rows
     title = escape(name)
@@ -101,50 +71,34 @@ def _facts(figures: dict[str, Any], packed: list[dict[str, Any]]) -> str:
 
 def _heat_map(packed: list[dict[str, Any]]) -> str:
     """A line for each layer, a column for each weight that layers have; weights outside of layers have lines below."""
-    layers: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
-    others = []
-    for row in packed:
-        match = _LAYER.match(row["name"])
-        if match:
-            layers.setdefault((match["stack"], int(match["index"])), {})[match["name"]] = row
-        else:
-            others.append(row)
-    columns = list(dict.fromkeys(name for weights in layers.values() for name in weights))
-    rates = [row["bits_per_weight"] for row in packed] or [0.0]
-    low, high = min(rates), max(rates)
+    found = bits_by_layer(packed)
+    low, high = found.range()
 
-    def cell(row: dict[str, Any] | None) -> str:
-        if row is None:
+    def cell(bits: float | None) -> str:
+        if bits is None:
             return "<td></td>"
-        shade = 0.08 + 0.8 * (row["bits_per_weight"] - low) / (high - low) if high > low else 0.08
+        shade = 0.08 + 0.8 * (bits - low) / (high - low) if high > low else 0.08
         grey, ink = round(255 * (1 - shade)), "#fff" if shade > _DARK else "#000"
-        return f"<td style='background:rgb({grey},{grey},{grey});color:{ink}'>{row['bits_per_weight']:.2f}</td>"
+        return f"<td style='background:rgb({grey},{grey},{grey});color:{ink}'>{bits:.2f}</td>"
 
-    head = "".join(f"<th>{escape(name.removesuffix('.weight'))}</th>" for name in columns)
-    lines = [f"<tr><th>layer</th>{head}</tr>"] if layers else []
-    for (stack, index), weights in sorted(layers.items()):
-        cells = "".join(cell(weights.get(name)) for name in columns)
-        lines.append(f"<tr><th>{escape(stack)}.{index}</th>{cells}</tr>")
-    for row in others:
-        lines.append(f"<tr><th>{escape(row['name'])}</th>{cell(row)}</tr>")
+    head = "".join(f"<th>{escape(name)}</th>" for name in found.weights)
+    lines = [f"<tr><th>layer</th>{head}</tr>"] if found.layers else []
+    for layer, rates in zip(found.layers, found.bits, strict=True):
+        lines.append(f"<tr><th>{escape(layer)}</th>{''.join(map(cell, rates))}</tr>")
+    lines += [f"<tr><th>{escape(name)}</th>{cell(bits)}</tr>" for name, bits in found.others]
     return f"<div class='wide'><table class='map'>{''.join(lines)}</table></div>"
 
 
 def _histogram(counts: Counter[int]) -> str:
-    total = sum(counts.values())
-    if not total:
+    shares = code_shares(counts)
+    if not shares:
         return "<p>There are no codes: all weights are looked up in codebooks.</p>"
-    bars: Counter[int] = Counter()
-    for code, count in counts.items():
-        bars[max(-_LARGEST, min(_LARGEST, code))] += count
-    most, lines = max(bars.values()), []
-    for code in range(min(bars), max(bars) + 1):
-        label = {-_LARGEST: f"≤ {-_LARGEST}", _LARGEST: f"≥ {_LARGEST}"}.get(code, str(code))
-        width = 30 * bars[code] / most
-        lines.append(
-            f"<tr><td>{label}</td><td>{100 * bars[code] / total:.2f} %</td>"
-            f"<td><div class='bar' style='width:{width:.2f}em'></div></td></tr>"
-        )
+    most = max(share for _, share in shares)
+    lines = [
+        f"<tr><td>{code}</td><td>{100 * share:.2f} %</td>"
+        f"<td><div class='bar' style='width:{30 * share / most:.2f}em'></div></td></tr>"
+        for code, share in shares
+    ]
     return f"<table class='bars'>{''.join(lines)}</table>"
 
 

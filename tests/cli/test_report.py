@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hf_sqf import size_report
-from hf_sqf.report.page import code_counts, page
+from hf_sqf.report.accounts import code_counts
+from hf_sqf.report.page import page
 from hf_sqf.runtime.sqf_modules import SQFModule
 from tests.cli.conftest import one_sentence
 

@@ -1,0 +1,96 @@
+"""What the page and the plots show of a compressed model: bits by layer, and how often each code occurs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+
+from ..runtime.sqf_container import records
+from ..runtime.sqf_modules import SUFFIX
+
+_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<name>.*)$")
+_LARGEST = 8  # codes further from zero are counted together
+
+
+class BitsByLayer(NamedTuple):
+    """Bits per weight as a table: a line for each layer, a column for each weight that layers have.
+
+    Attributes:
+        layers: names of the lines, in the layers' order.
+        weights: names of the columns.
+        bits: (layers, weights); None where a layer has no such weight.
+        others: (name, bits) of weights that stand outside of layers.
+    """
+
+    layers: list[str]
+    weights: list[str]
+    bits: list[list[float | None]]
+    others: list[tuple[str, float]]
+
+    def range(self) -> tuple[float, float]:
+        """Return the least and the largest of all; zeros where there are none."""
+        known = [bits for line in self.bits for bits in line if bits is not None] + [bits for _, bits in self.others]
+        return (min(known), max(known)) if known else (0.0, 0.0)
+
+
+def bits_by_layer(rows: list[dict[str, Any]]) -> BitsByLayer:
+    """Arrange the rates of weights.
+
+    Args:
+        rows: of the compressed weights, as :class:`hf_sqf.runtime.sqf_size.SizeReport` has them.
+    """
+    layers: dict[tuple[str, int], dict[str, float]] = {}
+    others = []
+    for row in rows:
+        match = _LAYER.match(row["name"])
+        if match:
+            name = match["name"].removesuffix(".weight")
+            layers.setdefault((match["stack"], int(match["index"])), {})[name] = row["bits_per_weight"]
+        else:
+            others.append((row["name"].removesuffix(".weight"), row["bits_per_weight"]))
+    weights = list(dict.fromkeys(name for found in layers.values() for name in found))
+    ordered = sorted(layers.items())
+    bits = [[found.get(name) for name in weights] for _, found in ordered]
+    return BitsByLayer([f"{stack}.{index}" for (stack, index), _ in ordered], weights, bits, others)
+
+
+def code_counts(folder: Path) -> Counter[int]:
+    """Return how often each code of the factors occurs in a compressed model; indices of codebooks do not count.
+
+    Args:
+        folder: with the safetensors.
+
+    Raises:
+        ValueError: a weight is damaged; names it.
+    """
+    counts: Counter[int] = Counter()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                if not name.endswith(SUFFIX):
+                    continue
+                for record in records(tensors.get_tensor(name), name):
+                    for term in record.factors().terms:
+                        if not term.one_hot:
+                            values, found = term.codes.unique(return_counts=True)
+                            counts.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
+    return counts
+
+
+def code_shares(counts: Counter[int]) -> list[tuple[str, float]]:
+    """Return (code, share of all in [0, 1]) in the codes' order; those far from zero are taken together.
+
+    There is nothing in it where there are no codes.
+    """
+    total = sum(counts.values())
+    together: Counter[int] = Counter()
+    for code, count in counts.items():
+        together[max(-_LARGEST, min(_LARGEST, code))] += count
+    if not total:
+        return []
+    ends = {-_LARGEST: f"≤ {-_LARGEST}", _LARGEST: f"≥ {_LARGEST}"}
+    return [(ends.get(c, str(c)), together[c] / total) for c in range(min(together), max(together) + 1)]
