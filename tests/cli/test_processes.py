@@ -32,7 +32,7 @@ def test_what_the_readme_types(hub: HubServer, minilm: Path, process, tmp_path: 
     repo.commit("main", {path.relative_to(minilm).as_posix(): path.read_bytes() for path in files})
     env = environment(hub, tmp_path / "home", token=None)
     said = {arguments[0]: process(*arguments, env=env).stdout for arguments in commands_of_readme()}
-    assert said.keys() == {"compress", "inspect", "evaluate", "verify", "export"}
+    assert said.keys() == {"compress", "inspect", "report", "evaluate", "verify", "export"}
     assert "14.29 MB, 6.4 times smaller than 90.85 MB" in said["compress"]
     assert "encoder.layer.5" in said["inspect"]
     (cosine,) = re.findall(r" 0\.99\d\d ", said["evaluate"])[:1]
