@@ -6,8 +6,6 @@
 
 PYTHON ?= python3
 VENV := .venv
-# What pdoc does not find by itself: packages that hf_sqf.__all__ does not name.
-REFERENCE := hf_sqf hf_sqf.runtime hf_sqf.training hf_sqf.report hf_sqf.hub
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
@@ -50,7 +48,7 @@ test-all: check  ## check, then all tests
 	$(RUN) -m pytest -m ''
 
 docs: $(STAMP)  ## the reference, from docstrings, in build/docs
-	$(RUN) -m pdoc --docformat google --output-directory build/docs $(REFERENCE)
+	$(RUN) docs/build.py
 
 clean:  ## remove .venv, caches and what the demo wrote
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

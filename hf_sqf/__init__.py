@@ -3,6 +3,7 @@
 Importing the package makes the quantization method ``"sqf"`` known to transformers.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .compress.checkpoint import compress_checkpoint
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 register(CompressingQuantizer)
 _adapters.guard()  # so that none is lost by merging
 
+_LAZY = {"SQFCallback": ".training.callback", "distillation_loss": ".training.distillation"}
 __version__ = "0.1.0"
 __all__ = [
     "Factors",
@@ -42,12 +44,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
     """Import what trains when it is asked for: the Trainer's modules take a while, and import PEFT."""
-    if name == "SQFCallback":
-        from .training.callback import SQFCallback
-
-        return SQFCallback
-    if name == "distillation_loss":
-        from .training.distillation import distillation_loss
-
-        return distillation_loss
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name], __name__), name)

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import evaluate
 import torch
-from datasets import Features, Sequence, Value
 from torch import Tensor
 
 from .fidelity import Sums
+
+try:
+    import evaluate
+    from datasets import Features, Sequence, Value
+except ImportError as error:
+    raise ImportError("hf_sqf.report.metric takes evaluate: pip install 'hf-sqf[evaluate]'") from error
 
 KINDS = ("logits", "embeddings")
 _IGNORED = -100  # what transformers labels padding with

@@ -81,7 +81,8 @@ def _heat_map(packed: list[dict[str, Any]]) -> str:
         grey, ink = round(255 * (1 - shade)), "#fff" if shade > _DARK else "#000"
         return f"<td style='background:rgb({grey},{grey},{grey});color:{ink}'>{bits:.2f}</td>"
 
-    head = "".join(f"<th>{escape(name)}</th>" for name in found.weights)
+    # Where a line is too wide for a screen or for paper, names break after a dot.
+    head = "".join(f"<th>{escape(name).replace('.', '.<wbr>')}</th>" for name in found.weights)
     lines = [f"<tr><th>layer</th>{head}</tr>"] if found.layers else []
     for layer, rates in zip(found.layers, found.bits, strict=True):
         lines.append(f"<tr><th>{escape(layer)}</th>{''.join(map(cell, rates))}</tr>")

@@ -14,7 +14,7 @@ from hf_sqf.runtime.sqf_modules import SQFModule
 from tests.cli.conftest import one_sentence
 
 EMPTY = {"total_bytes": 0, "bits_per_weight": 0.0, "rows": [], "coverage": None, "fidelity": None}
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "wbr"}
 
 
 class Elements(HTMLParser):
