@@ -422,10 +422,12 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="In place of what the recipe says.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the models of an earlier run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Make and measure all models again.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe: compress a model in several ways, measure each, write tables and cards.
+
+    A run that was interrupted goes on where it stopped; what was made of the same settings stays.
 
     \b
     model: org/model
@@ -434,6 +436,7 @@ def run(
     compressions:
       - {bits: 4}                  # all that SQFConfig has, and name
       - {name: small, bits: 2.5, structure: grid}
+      - {from: small, train: {steps: 100}}  # its factors, held to the original's predictions
     evaluations:
       - {dataset: held-out.txt, context: 512}
 

@@ -1,7 +1,12 @@
-"""``hf-sqf run``: compressions and their evaluations, named in one YAML file."""
+"""``hf-sqf run``: compressions and their evaluations, named in one YAML file.
+
+A run that was interrupted goes on where it stopped: ``done.json`` in the results says which models and which rows of
+the table are there, and from which settings they came.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from dataclasses import dataclass, field, fields
@@ -15,10 +20,11 @@ import yaml
 from ..hub.card import package_version
 from ..runtime.sqf_config import SQFConfig
 from .compressing import compress, sqf_config
-from .folders import refuse_overwriting
+from .folders import refuse_overwriting, whole_file
 from .measuring import Row, evaluate
 from .originals import auto_class_for, ordinary_config
 from .showing import markdown
+from .tuning import Training, tune
 
 _OPTIONS = {f.name for f in fields(SQFConfig)} - {
     "quant_method",
@@ -28,6 +34,8 @@ _OPTIONS = {f.name for f in fields(SQFConfig)} - {
     "statistics",
 }
 _EVALUATION = {"dataset", "samples", "context"}
+_TRAINING = {f.name for f in fields(Training)}
+_DONE = "done.json"
 _PACKAGES = ("torch", "transformers", "numba")
 
 
@@ -38,7 +46,9 @@ class Recipe:
     Attributes:
         model: folder or id on the Hub.
         out: folder for the results: a model a compression, ``table.md``, ``table.json``, and the models' ``cards``.
-        compressions: each the fields of an SQFConfig, and a ``name``, which its folder gets.
+        compressions: each the fields of an SQFConfig, and a ``name``, which its folder gets. Or, in place of an
+            SQFConfig, ``from``, the name of one above, and ``train``, the fields of a
+            :class:`hf_sqf.cli.tuning.Training`: that model, its factors trained.
         evaluations: each ``dataset`` (a file of texts; without, prose that comes with Python), ``samples`` and
             ``context``. The first is written into the cards.
         dataset: calibration data of all compressions that name none: a file, an id on the Hub, or ``self``.
@@ -55,7 +65,7 @@ class Recipe:
     auto_class: str | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("compressions", _OPTIONS | {"name"}), ("evaluations", _EVALUATION)):
+        for name, known in (("compressions", _OPTIONS | {"name", "from", "train"}), ("evaluations", _EVALUATION)):
             entries = getattr(self, name)
             if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
                 raise ValueError(f"{name} must be a list of options, got {entries!r:.60}")
@@ -69,21 +79,61 @@ class Recipe:
             raise ValueError(f"compressions need different names, got {', '.join(names)}")
         if odd := [name for name in names if not name or name.startswith(".") or "/" in name or "\\" in name]:
             raise ValueError(f"{odd[0]!r} cannot be the name of a compression's folder")
+        for number, entry in enumerate(self.compressions):
+            if ("from" in entry) != ("train" in entry) or (
+                "from" in entry and entry.keys() > {"name", "from", "train"}
+            ):
+                raise ValueError(f"{names[number]}: from and train go together, with nothing else but a name")
+            if "from" in entry and entry["from"] not in names[:number]:
+                raise ValueError(f"{names[number]}: from must name a compression above, got {entry['from']!r}")
+            if "train" in entry:
+                self.training(entry)
 
     def names(self) -> list[str]:
         """Return the name of each compression, which is that of its folder."""
         return [
-            str(entry.get("name") or entry.get("target_size") or f"{entry.get('bits', SQFConfig.bits):g}-bit")
+            str(
+                entry.get("name")
+                or (f"{entry['from']}-trained" if "from" in entry else None)
+                or entry.get("target_size")
+                or f"{entry.get('bits', SQFConfig.bits):g}-bit"
+            )
             for entry in self.compressions
         ]
 
-    def configs(self) -> list[SQFConfig]:
-        """Return what each compression asks for."""
-        found = []
+    def configs(self) -> list[SQFConfig | None]:
+        """Return what each compression asks for; None where another one is trained."""
+        found: list[SQFConfig | None] = []
         for entry in self.compressions:
             options = {"dataset": self.dataset, **entry}
             options.pop("name", None)
-            found.append(sqf_config(**options))
+            found.append(None if "from" in entry else sqf_config(**options))
+        return found
+
+    def training(self, entry: dict[str, Any]) -> Training:
+        """Return how an entry with ``train`` is trained.
+
+        Raises:
+            ValueError: an option is unknown or out of range.
+        """
+        if not isinstance(entry["train"], dict):
+            raise ValueError(f"train must be options, such as {{steps: 100}}, got {entry['train']!r:.60}")
+        _refuse_unknown(entry["train"], _TRAINING, "train of a recipe")
+        return Training(**({} if self.dataset is None else {"dataset": self.dataset}) | entry["train"])
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Return, by name, all that a model depends on; files by what is in them."""
+        common = {"model": self.model, "dtype": self.dtype, "auto_class": self.auto_class, "hf_sqf": package_version()}
+        common |= {"files": _state(self.model), "dataset": self.dataset, "texts": _hash(self.dataset)}
+        found: dict[str, dict[str, Any]] = {}
+        for name, entry in zip(self.names(), self.compressions, strict=True):
+            asked = {key: value for key, value in entry.items() if key != "name"}
+            if "from" in entry:
+                training = self.training(entry)
+                asked["train"] = {f.name: getattr(training, f.name) for f in fields(training)}
+                found[name] = {**asked, "from": found[entry["from"]], "data": _hash(training.dataset)}
+            else:
+                found[name] = {**common, **asked, "data": _hash(entry.get("dataset"))}
         return found
 
 
@@ -115,29 +165,87 @@ def read_recipe(file: Path, settings: dict[str, str] | None = None) -> Recipe:
 def run(recipe: Recipe, force: bool = False) -> list[Row]:
     """Make all models of a recipe, measure them, and write tables and cards into its folder.
 
+    Models and rows that an earlier run made of the same settings stay; with ``force`` all are made again.
+
     Returns:
         The rows of the tables: each compression, measured in each evaluation.
 
     Raises:
-        FileExistsError: a model's folder is not empty.
+        FileExistsError: a model's folder is not empty, and what is there was made of other settings.
         ValueError: see :func:`hf_sqf.cli.compressing.compress` and :func:`hf_sqf.cli.measuring.evaluate`.
     """
     out = Path(recipe.out)
-    configs, folders = recipe.configs(), [out / name for name in recipe.names()]
-    for folder in folders:  # before any work
-        refuse_overwriting(folder, force, recipe.model)
+    configs, settings = recipe.configs(), recipe.settings()
+    done = _Done(out / _DONE)
+    todo = [name for name in settings if force or not done.has(name, settings[name], out / name)]
+    for name in todo:  # before any work
+        refuse_overwriting(out / name, force, recipe.model)
     auto_class_for(ordinary_config(recipe.model), recipe.auto_class)
-    for folder, config in zip(folders, configs, strict=True):
-        compress(recipe.model, folder, config, auto_class=recipe.auto_class, dtype=recipe.dtype, force=force)
+    for (name, asked), entry, config in zip(settings.items(), recipe.compressions, configs, strict=True):
+        if name not in todo:
+            continue
+        done.forget(name)
+        if config is None:
+            tune(out / str(entry["from"]), out / name, recipe.model, recipe.training(entry))
+        else:
+            compress(recipe.model, out / name, config, auto_class=recipe.auto_class, dtype=recipe.dtype, force=force)
+        done.keep(name, asked)
     rows: list[Row] = []
     for number, asked in enumerate(recipe.evaluations):
-        dataset = None if asked.get("dataset") is None else Path(asked["dataset"])
-        found = evaluate(
-            map(str, folders), recipe.model, dataset, asked.get("samples"), asked.get("context"), record=number == 0
-        )
-        rows += [{**row, "model": Path(row["model"]).name} for row in found]
-    _write(out, recipe, folders, rows)
+        file = asked.get("dataset")
+        key = json.dumps([asked, _hash(file), number == 0], sort_keys=True)
+        for name in settings:  # one at a time, so that each is kept
+            if (row := done.row(name, key)) is None:
+                options = None if file is None else Path(file), asked.get("samples"), asked.get("context")
+                (row,) = evaluate([str(out / name)], recipe.model, *options, record=number == 0)
+                row["model"] = name
+                done.keep_row(name, key, row)
+            rows.append(row)
+    _write(out, recipe, [out / name for name in settings], rows)
     return rows
+
+
+class _Done:
+    """What is there already: settings and rows of each model, in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def has(self, name: str, asked: dict[str, Any], folder: Path) -> bool:
+        same = name in self.known and self.known[name]["settings"] == json.loads(json.dumps(asked))
+        return bool(same and (folder / "config.json").exists())
+
+    def row(self, name: str, key: str) -> Row | None:
+        row: Row | None = self.known[name]["rows"].get(key)
+        return row
+
+    def forget(self, name: str) -> None:
+        if self.known.pop(name, None) is not None:
+            self._write()
+
+    def keep(self, name: str, asked: dict[str, Any]) -> None:
+        self.known[name] = {"settings": asked, "rows": {}}
+        self._write()
+
+    def keep_row(self, name: str, key: str, row: Row) -> None:
+        self.known[name]["rows"][key] = row
+        self._write()
+
+    def _write(self) -> None:
+        whole_file(self.file, json.dumps(self.known, indent=1) + "\n")
+
+
+def _hash(file: str | None) -> str | None:
+    """Return what tells the contents of a data file; None for other kinds of data."""
+    path = None if file is None else Path(file)
+    return None if path is None or not path.is_file() else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _state(model: str) -> list[list[Any]] | None:
+    """Return what tells that a model's folder was written to; None for ids on the Hub, whose commits are not ours."""
+    files = sorted(path for path in Path(model).glob("*.*") if path.suffix in (".safetensors", ".json", ".bin"))
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files] if files else None
 
 
 def _write(out: Path, recipe: Recipe, folders: list[Path], rows: list[Row]) -> None:

@@ -25,6 +25,7 @@ HEADINGS = {
     "original_perplexity": {"kl": "original's"},
 }
 """Figure of a fidelity check -> metric -> heading."""
+_SPOKEN = 32  # tokens of a decoder
 _ROWS = 1024  # predictions whose distributions are held at once
 
 
@@ -51,10 +52,10 @@ def text_inputs(
 
 
 def random_inputs(model: PreTrainedModel, context: int, count: int = 8, seed: int = 0) -> Iterator[Inputs]:
-    """Yield one batch of random tokens (uniform) or pixels (normal), for models that have no tokenizer at hand.
+    """Yield one batch of random tokens (uniform), pixels or mel bins (normal), for models without a tokenizer at hand.
 
     Raises:
-        ValueError: the model takes neither.
+        ValueError: the model takes something else.
     """
     config, draw = model.config, torch.Generator().manual_seed(seed)
     if model.main_input_name == "input_ids":
@@ -66,13 +67,17 @@ def random_inputs(model: PreTrainedModel, context: int, count: int = 8, seed: in
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         shape = (count, getattr(config, "num_channels", 3), height, width)
         yield {"pixel_values": torch.randn(shape, generator=draw)}
+    elif model.main_input_name == "input_features" and hasattr(config, "max_source_positions"):  # Whisper and its kin
+        shape = (count, config.num_mel_bins, 2 * config.max_source_positions)
+        tokens = torch.randint(0, config.vocab_size, (count, min(_SPOKEN, context)), generator=draw)
+        yield {"input_features": torch.randn(shape, generator=draw), "decoder_input_ids": tokens}
     else:
         raise ValueError(f"no random inputs for a model that takes {model.main_input_name}; give inputs=")
 
 
 def _with_decoder(inputs: dict[str, Tensor], model: PreTrainedModel) -> Inputs:
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = inputs["input_ids"][:, :32]
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :_SPOKEN]
     return inputs
 
 

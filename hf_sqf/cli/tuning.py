@@ -1,0 +1,138 @@
+"""The ``train`` of a recipe: a compressed model's factors, held to the original's outputs or to labels."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+
+from ..compress.calibration_data import SELF, calibration
+from ..compress.companions import beside_weights, carry_files
+from ..hub.card import write_card
+from ..hub.checking import tokenizer_of
+from ..training.callback import MODES, SQFCallback
+from ..training.distillation import distillation_loss
+from .folders import whole_folder
+from .measuring import load_compressed
+from .originals import card_of
+from .texts import calibration_texts
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the factors are trained.
+
+    Attributes:
+        steps: of the optimizer.
+        learning_rate: its largest; it falls along a cosine.
+        mode: of :class:`hf_sqf.SQFCallback`.
+        batch: inputs a step.
+        context: tokens of an input, at most.
+        samples: inputs, at most.
+        dataset: a file of texts, the id of a data set on the Hub, or ``self``, as for calibration. With ``labels``: a
+            ``.jsonl`` file or an id.
+        labels: the column of the data that holds classes. Without, the original is the teacher.
+        texts: the column that holds texts, with ``labels``.
+    """
+
+    steps: int = 100
+    learning_rate: float = 2e-3
+    mode: str = "light"
+    batch: int = 2
+    context: int = 512
+    samples: int = 256
+    dataset: str = SELF
+    labels: str | None = None
+    texts: str = "text"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "context", "samples"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"train: {name} must be a whole number of 1 or more, got {value!r}")
+        if isinstance(self.learning_rate, bool) or not isinstance(self.learning_rate, (int, float)):
+            raise ValueError(f"train: learning_rate must be a number such as 2.0e-3, got {self.learning_rate!r}")
+        if self.mode not in MODES:
+            raise ValueError(f"train: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.labels is not None and self.dataset == SELF:
+            raise ValueError("train: labels are those of a dataset, which is missing")
+
+
+def tune(folder: Path, out: Path, original: str, training: Training) -> None:
+    """Train the factors of a compressed model, and save it. ``out`` is written whole or not at all.
+
+    Args:
+        folder: of the compressed model.
+        out: folder to write; must not hold what has to stay.
+        original: folder or id of the model it was made from, the teacher.
+        training: what is asked for.
+
+    Raises:
+        ValueError: the model has no tokenizer, or the data lacks a column.
+        FileNotFoundError: there is no such file of data.
+    """
+    model = load_compressed(folder)
+    tokenizer = tokenizer_of(original, local_files_only=False)
+    if tokenizer is None:
+        raise ValueError(f"train: no tokenizer comes with {original}; models without texts are trained in Python")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    native = getattr(type(model), "sqf_native", type(model))
+    loss = None
+    if training.labels is None:
+        teacher = native.from_pretrained(original, dtype=model.dtype)
+        rows = _texts(teacher, tokenizer, training)
+        loss = distillation_loss(teacher)
+    else:
+        rows = _labelled(tokenizer, training)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            scratch, max_steps=training.steps, learning_rate=training.learning_rate, lr_scheduler_type="cosine",
+            per_device_train_batch_size=training.batch, save_strategy="no", report_to="none", disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+        trainer = Trainer(
+            model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[SQFCallback(training.mode)],
+            compute_loss_func=loss,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)  # standard output is for tables and JSON
+        trainer.train()
+    source = beside_weights(original)
+    with whole_folder(out) as part:
+        model.save_pretrained(part)
+        write_card(part, out.resolve().name, card_of(source))
+        carry_files(source, part)
+
+
+def _texts(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, training: Training) -> list[dict[str, Any]]:
+    found = calibration(
+        teacher, calibration_texts(training.dataset), tokenizer, training.samples, training.context, own_text=False
+    )
+    batches = [*found.batches, *found.held_out]
+    return [{name: ids[i] for name, ids in b.items()} for b in batches for i in range(len(b["input_ids"]))]
+
+
+def _labelled(tokenizer: PreTrainedTokenizerBase, training: Training) -> list[dict[str, Any]]:
+    file = Path(training.dataset)
+    entries: Any
+    if file.suffix == ".jsonl":
+        entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        calibration_texts(training.dataset)  # says what is missing to load it
+        import datasets
+
+        entries = datasets.load_dataset(training.dataset, split="train")
+    rows = []
+    for entry in entries:
+        if len(rows) == training.samples:
+            break
+        if missing := [name for name in (training.texts, training.labels) if name not in entry]:
+            raise ValueError(f"train: {training.dataset} has no column {missing[0]}; it has {', '.join(entry)}")
+        encoded = tokenizer(entry[training.texts], truncation=True, max_length=training.context)
+        rows.append({**encoded, "labels": entry[str(training.labels)]})
+    return rows
