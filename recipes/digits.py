@@ -30,6 +30,7 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -42,12 +43,11 @@ from hf_sqf import SQFCallback, SQFConfig, compress, size_report
 KEPT = Path(__file__).parent / "results" / "digits.txt"
 PACKAGES = ("torch", "transformers", "scikit-learn", "numba")
 _TRAINED_ON = 1300
-_RESNET = ResNetConfig(
-    num_channels=1, num_labels=10, embedding_size=32, hidden_sizes=[32, 64], depths=[2, 2], layer_type="basic"
-)
+_KIND: dict[str, Any] = {"num_channels": 1, "num_labels": 10}
+_RESNET = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[2, 2], layer_type="basic", **_KIND)
 _VIT = ViTConfig(
-    num_channels=1, num_labels=10, image_size=16, patch_size=4, hidden_size=64, num_hidden_layers=4,
-    num_attention_heads=4, intermediate_size=128,
+    image_size=16, patch_size=4, hidden_size=64, num_hidden_layers=4,
+    num_attention_heads=4, intermediate_size=128, **_KIND,
 )  # fmt: skip
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "resnet": lambda: ResNetForImageClassification(_RESNET),
@@ -86,7 +86,7 @@ def train(model: PreTrainedModel, rows: Pictures, steps: int, rate: float, callb
             warmup_steps=steps // 20, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
             use_cpu=True,
         )  # fmt: skip
-        callbacks = [] if callback is None else [callback]
+        callbacks: list[TrainerCallback] = [] if callback is None else [callback]
         trainer = Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         trainer.train()

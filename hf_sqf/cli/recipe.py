@@ -119,11 +119,17 @@ class Recipe:
         if not isinstance(entry["train"], dict):
             raise ValueError(f"train must be options, such as {{steps: 100}}, got {entry['train']!r:.60}")
         _refuse_unknown(entry["train"], _TRAINING, "train of a recipe")
-        return Training(**({} if self.dataset is None else {"dataset": self.dataset}) | entry["train"])
+        data: dict[str, Any] = {} if self.dataset is None else {"dataset": self.dataset}
+        return Training(**data | entry["train"])
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Return, by name, all that a model depends on; files by what is in them."""
-        common = {"model": self.model, "dtype": self.dtype, "auto_class": self.auto_class, "hf_sqf": package_version()}
+        common: dict[str, Any] = {
+            "model": self.model,
+            "dtype": self.dtype,
+            "auto_class": self.auto_class,
+            "hf_sqf": package_version(),
+        }
         common |= {"files": _state(self.model), "dataset": self.dataset, "texts": _hash(self.dataset)}
         found: dict[str, dict[str, Any]] = {}
         for name, entry in zip(self.names(), self.compressions, strict=True):

@@ -127,7 +127,7 @@ def _labelled(tokenizer: PreTrainedTokenizerBase, training: Training) -> list[di
         import datasets
 
         entries = datasets.load_dataset(training.dataset, split="train")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in entries:
         if len(rows) == training.samples:
             break

@@ -68,9 +68,9 @@ def random_inputs(model: PreTrainedModel, context: int, count: int = 8, seed: in
         shape = (count, getattr(config, "num_channels", 3), height, width)
         yield {"pixel_values": torch.randn(shape, generator=draw)}
     elif model.main_input_name == "input_features" and hasattr(config, "max_source_positions"):  # Whisper and its kin
-        shape = (count, config.num_mel_bins, 2 * config.max_source_positions)
+        bins = torch.randn((count, config.num_mel_bins, 2 * config.max_source_positions), generator=draw)
         tokens = torch.randint(0, config.vocab_size, (count, min(_SPOKEN, context)), generator=draw)
-        yield {"input_features": torch.randn(shape, generator=draw), "decoder_input_ids": tokens}
+        yield {"input_features": bins, "decoder_input_ids": tokens}
     else:
         raise ValueError(f"no random inputs for a model that takes {model.main_input_name}; give inputs=")
 
