@@ -152,6 +152,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--scalar-structure", default="pgd", help="without a trellis; pgd is the grid with a dead zone")
     parser.add_argument("--only-trellis", action="store_true", help="leave out the baselines and the embeddings")
+    parser.add_argument("--one-pass", action="store_true", help="do not calibrate in sequence")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=8192, help="to measure on, of each text")
@@ -209,7 +210,14 @@ def main() -> None:
     del moments
 
     started, model = time.monotonic(), load()
-    config = SQFConfig(dataset=[calibration], tokenizer=tokenizer, samples=args.samples, context=args.context)
+    data: dict[str, object] = {
+        "dataset": [calibration],
+        "tokenizer": tokenizer,
+        "samples": args.samples,
+        "context": args.context,
+    }
+    data["sequential"] = not args.one_pass
+    config = SQFConfig(**data)
     if args.statistics is not None and args.statistics.exists():
         config = SQFConfig(statistics=args.statistics)
     statistics = measure(model, find_targets(model, config)[0], config)
@@ -224,7 +232,7 @@ def main() -> None:
     curves: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
     for options in asked:
         started, model = time.monotonic(), load()
-        compress(model, SQFConfig(**{"statistics": statistics, "structure": args.structure, **options}))
+        compress(model, SQFConfig(**{**data, "statistics": statistics, "structure": args.structure, **options}))
         seconds = time.monotonic() - started
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)

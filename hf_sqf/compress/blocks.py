@@ -27,7 +27,7 @@ Stack = tuple[nn.Module, ...]
 """Blocks of which each one's output is the next one's input, nothing between them."""
 
 
-class _Reached(Exception):  # noqa: N818 (no error: the data is where it should be)
+class Reached(Exception):  # noqa: N818 (no error: the data is where it should be)
     """Ends a forward pass behind the block that was wanted."""
 
 
@@ -46,24 +46,24 @@ class Replay:
         self._folder = tempfile.TemporaryDirectory(prefix="sqf-blocks-")
 
     @contextmanager
-    def at(self, index: int) -> Iterator[Callable[[int, Batch], Any]]:
-        """Yield a function that runs batches through block ``index``: (number of the batch, batch) -> None.
+    def at(self, index: int) -> Iterator[Callable[[str | int, Batch], Any]]:
+        """Yield a function that runs batches through block ``index``: (a name for the batch, batch) -> None.
 
-        Every batch must have been through the blocks before. Its output is kept for the next block, under its number.
+        Every batch must have been through the blocks before. Its output is kept for the next block, under its name.
         With the number of blocks for ``index``, what comes behind them is run, and the model's output returned.
         """
-        current = 0  # the batch
+        current: str | int = 0  # the batch
 
         def kept(position: int) -> Path:
             return Path(self._folder.name) / f"{position}.{current}.safetensors"
 
-        def run(number: int, batch: Batch) -> Any:  # noqa: ANN401
+        def run(key: str | int, batch: Batch) -> Any:  # noqa: ANN401
             nonlocal current
-            current = number
+            current = key
             with torch.no_grad():
                 try:
                     return self._model(**batch)
-                except _Reached:
+                except Reached:
                     return None
 
         with ExitStack() as undo:
@@ -93,7 +93,7 @@ def _recall(kept: Callable[[], Path], *args: Any, **kwargs: Any) -> Tensor:  # n
 
 def _stop(forward: Callable[..., Tensor], kept: Callable[[], Path], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
     save_file({"states": forward(*args, **kwargs).detach().contiguous()}, kept())
-    raise _Reached
+    raise Reached
 
 
 def find_stacks(model: nn.Module, batch: Batch) -> list[Stack]:

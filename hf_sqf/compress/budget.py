@@ -185,90 +185,82 @@ def rounds(counts: Sequence[int]) -> list[list[int]]:
     return cut
 
 
-def fit(curves: Sequence[RateCurve], bits: float, solve: SolveRound) -> float:
-    """Solve weights so that they cost at most ``bits`` in all, and hardly less.
+class Budget:
+    """A number of bits that weights share, and how much of it those solved so far have cost.
 
     Args:
         curves: one per weight.
         bits: the target, for all together.
-        solve: solves the weights of a round.
-
-    Returns:
-        What the results that ``solve`` kept cost together.
-
-    Raises:
-        ValueError: no noise step reaches the target.
     """
-    sizes: dict[int, float] = {}
-    steps: dict[int, float] = {}
-    estimated = 0.0
-    rest = RateSum(curves)
-    for indices in rounds([curve.count for curve in curves]):
-        ratio = sum(sizes.values()) / estimated if estimated else 1.0
-        left = (AIM * bits - sum(sizes.values())) / ratio
-        log_step = rest.step_for(left)
-        if steps:  # a small rest must not pay for all that came before
-            middle = next(iter(steps.values()))
+
+    def __init__(self, curves: Sequence[RateCurve], bits: float) -> None:
+        self._curves, self._bits = curves, bits
+        self._rest = RateSum(curves)
+        self._estimated = 0.0
+        self._sizes: dict[int, float] = {}  # in the order in which they were solved
+        self._steps: dict[int, float] = {}  # log2 c
+
+    def solve(self, indices: Sequence[int], solve: SolveRound) -> None:
+        """Solve some weights, at the step at which those that are left cost what is left."""
+        spent = sum(self._sizes.values())
+        ratio = spent / self._estimated if self._estimated else 1.0
+        log_step = self._rest.step_for((AIM * self._bits - spent) / ratio)
+        if self._steps:  # a small rest must not pay for all that came before
+            middle = next(iter(self._steps.values()))
             log_step = min(max(log_step, middle - 0.5), middle + 0.5)
-        steps |= dict.fromkeys(indices, log_step)
-        sizes |= _solved(indices, steps, 0.0, solve)
+        self._steps |= dict.fromkeys(indices, log_step)
+        self._solve(indices, 0.0, solve)
         for index in indices:
-            estimated += interpolate(curves[index], log_step)
-            rest.remove(curves[index])
-    _settle(curves, sizes, steps, bits, solve)
-    total = sum(sizes.values())
-    if total > bits:
-        raise ValueError(f"no noise step meets {bits:.0f} bits; the closest costs {total:.0f}")
-    return total
+            self._estimated += interpolate(self._curves[index], log_step)
+            self._rest.remove(self._curves[index])
 
+    def _solve(self, indices: Sequence[int], shift: float, solve: SolveRound) -> None:
+        """Solve weights at their steps, shifted by so many octaves."""
+        found = solve([(index, 2.0 ** (self._steps[index] + shift)) for index in indices])
+        self._sizes |= dict(zip(indices, map(float, found), strict=True))
 
-def _solved(indices: list[int], steps: dict[int, float], shift: float, solve: SolveRound) -> dict[int, float]:
-    """Solve weights at their steps, shifted by so many octaves; return the bits of each."""
-    found = solve([(index, 2.0 ** (steps[index] + shift)) for index in indices])
-    return dict(zip(indices, map(float, found), strict=True))
+    def settle(self, solve: SolveRound) -> float:
+        """Bring the total within tolerance, once all weights are solved; return it.
 
+        The last ones are solved again at steps shifted in common, as many as make the shift a small one.
 
-def _settle(
-    curves: Sequence[RateCurve],
-    sizes: dict[int, float],
-    steps: dict[int, float],
-    bits: float,
-    solve: SolveRound,
-) -> None:
-    """Solve the smallest weights again at steps shifted in common, until the total is within tolerance.
+        Raises:
+            ValueError: no noise step reaches the target.
+        """
+        sizes, bits = self._sizes, self._bits
+        total = sum(sizes.values())
+        if not self._good(total):
+            gap = AIM * bits - total
+            chosen: list[int] = []
+            for index in reversed(sizes):
+                chosen.append(index)
+                if sum(sizes[i] for i in chosen) > 8.0 * abs(gap):
+                    break
+            total = self._shift(chosen, solve)
+        if total > bits:
+            raise ValueError(f"no noise step meets {bits:.0f} bits; the closest costs {total:.0f}")
+        return total
 
-    Args:
-        curves, bits, solve: of :func:`fit`.
-        sizes: bits of each weight, in the order in which they were solved; is brought up to date.
-        steps: log2 of the noise step of each.
-    """
+    def _good(self, total: float) -> bool:
+        return (1.0 - TOLERANCE) * self._bits <= total <= self._bits
 
-    def good(total: float) -> bool:
-        return (1.0 - TOLERANCE) * bits <= total <= bits
-
-    if good(sum(sizes.values())):
-        return
-    gap = AIM * bits - sum(sizes.values())
-    chosen: list[int] = []
-    for index in reversed(sizes):  # as many as make the shift a small one
-        chosen.append(index)
-        if sum(sizes[i] for i in chosen) > 8.0 * abs(gap):
-            break
-    others = sum(sizes.values()) - sum(sizes[i] for i in chosen)
-    totals = {0.0: sum(sizes.values())}  # shift in octaves -> total
-    shift = 0.0
-    for _ in range(_TRIALS):
-        below = min((s for s, total in totals.items() if total <= bits), default=math.inf)
-        above = max((s for s, total in totals.items() if total > bits and s < below), default=None)
-        if above is not None and below < math.inf:
-            share = (totals[above] - AIM * bits) / max(totals[above] - totals[below], 1.0)
-            shift = above + min(max(share, 0.1), 0.9) * (below - above)
-        else:
-            shift += (totals[shift] - AIM * bits) / sum(curves[i].count for i in chosen) * 1.5
-        sizes |= _solved(chosen, steps, shift, solve)
-        totals[shift] = others + sum(sizes[i] for i in chosen)
-        if good(totals[shift]):
-            return
-    best = max((s for s in totals if totals[s] <= bits), key=lambda s: totals[s], default=max(totals))
-    if best != shift:
-        sizes |= _solved(chosen, steps, best, solve)
+    def _shift(self, chosen: list[int], solve: SolveRound) -> float:
+        """Solve some weights again until the total is within tolerance, or as near as it gets; return the total."""
+        aim, shift = AIM * self._bits, 0.0
+        totals = {0.0: sum(self._sizes.values())}  # shift in octaves -> total
+        for _ in range(_TRIALS):
+            below = min((s for s, total in totals.items() if total <= self._bits), default=math.inf)
+            above = max((s for s, total in totals.items() if total > self._bits and s < below), default=None)
+            if above is not None and below < math.inf:
+                share = (totals[above] - aim) / max(totals[above] - totals[below], 1.0)
+                shift = above + min(max(share, 0.1), 0.9) * (below - above)
+            else:
+                shift += (totals[shift] - aim) / sum(self._curves[i].count for i in chosen) * 1.5
+            self._solve(chosen, shift, solve)
+            totals[shift] = sum(self._sizes.values())
+            if self._good(totals[shift]):
+                return totals[shift]
+        best = max((s for s in totals if totals[s] <= self._bits), key=lambda s: totals[s], default=max(totals))
+        if best != shift:
+            self._solve(chosen, best, solve)
+        return totals[best]

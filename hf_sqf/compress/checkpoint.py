@@ -123,16 +123,18 @@ def job_of(model: PreTrainedModel, config: SQFConfig) -> dict[str, str]:
 
 def _data_of(config: SQFConfig) -> str:
     """Return a text that tells one calibration from another."""
+    parts = []
     if isinstance(config.statistics, Statistics):
-        return f"statistics of {config.statistics.fingerprint}"
-    if config.statistics is not None:
-        return f"statistics {hashlib.sha256(Path(config.statistics).read_bytes()).hexdigest()}"
+        parts.append(f"statistics of {config.statistics.fingerprint}")
+    elif config.statistics is not None:
+        parts.append(f"statistics {hashlib.sha256(Path(config.statistics).read_bytes()).hexdigest()}")
     if config.dataset is None:
-        return "none"
+        return ", ".join(parts) or "none"
     if isinstance(config.dataset, str):
         data = config.dataset
     elif isinstance(config.dataset, (list, tuple)) and all(isinstance(text, str) for text in config.dataset):
         data = hashlib.sha256("\0".join(config.dataset).encode()).hexdigest()
     else:
         raise ValueError("dataset: a run that may be resumed takes a list of texts, a name, or statistics= from a file")
-    return f"{data}, samples {config.samples}, context {config.context}, own text {config.own_text}"
+    parts += [data, f"samples {config.samples}", f"context {config.context}", f"own text {config.own_text}"]
+    return ", ".join(parts)

@@ -18,8 +18,8 @@ from transformers.utils import logging as transformers_logging
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_modules import SUFFIX, Held
 from .blocks import Batch, Replay, find_stacks
-from .calibration_data import calibration
-from .mapped import release, trim
+from .calibration_data import Calibration, calibration
+from .mapped import release_module
 from .ranks import Ranks
 from .recorder import Recorder, measuring, shared_inputs
 from .statistics import (
@@ -44,8 +44,28 @@ _GRADIENT_COST = 4  # of running a batch forth, back and (recomputed) forth agai
 _ROWS = 64  # rows of logits whose probabilities are held at a time
 
 
-def measure(model: PreTrainedModel, targets: Iterable[Target], config: SQFConfig) -> Statistics | None:
+def data_for(model: PreTrainedModel, config: SQFConfig) -> Calibration | None:
+    """Return the calibration data that a config names, the same on all ranks; None where it names none.
+
+    Raises:
+        ValueError: the data cannot be used.
+    """
+    if config.dataset is None:
+        return None
+    options = config.tokenizer, config.samples, config.context, config.own_text, config.seed
+    return Ranks.here().from_first(lambda: calibration(model, config.dataset, *options))
+
+
+def measure(
+    model: PreTrainedModel, targets: Iterable[Target], config: SQFConfig, data: Calibration | None = None
+) -> Statistics | None:
     """Return the statistics that a config asks for: read, or measured on its data; None where it names neither.
+
+    Args:
+        model: with dense weights.
+        targets: the weights to be compressed.
+        config: what is asked for.
+        data: what :func:`data_for` returned, if it was called already.
 
     Raises:
         ValueError: the data cannot be used, or the statistics are those of another model.
@@ -55,11 +75,8 @@ def measure(model: PreTrainedModel, targets: Iterable[Target], config: SQFConfig
         found = given if isinstance(given, Statistics) else Statistics.load(given)
         found.check(model)
         return found
-    if config.dataset is None:
-        return None
-    options = config.tokenizer, config.samples, config.context, config.own_text, config.seed
-    data = Ranks.here().from_first(lambda: calibration(model, config.dataset, *options))
-    return collect(model, targets, data.batches, data.held_out, config.seed)
+    data = data or data_for(model, config)
+    return None if data is None else collect(model, targets, data.batches, data.held_out, config.seed)
 
 
 def collect(
@@ -108,13 +125,13 @@ def collect(
                     forth = partial(_forth, run)
                     collection.keep_moments(measure_all(recorder, ranks, (batches, held_out), forth, bar.update))
                 for block in replay.blocks[index : index + 1]:
-                    _release(block)
-        _release(model)
+                    release_module(block)
+        release_module(model)
         collection.finish_gradients(sums, shared)
     return collection.statistics()
 
 
-def _forth(run: Callable[[int, Batch], Any], number: int, batch: Batch) -> int:
+def _forth(run: Callable[[str | int, Batch], Any], number: int, batch: Batch) -> int:
     """Run a batch for what the recorder sees of it; no predictions are measured."""
     run(number, batch)
     return 0
@@ -127,8 +144,9 @@ def _gradients(model: nn.Module, recorder: Recorder, seed: int, number: int, bat
     generator = torch.Generator().manual_seed(int.from_bytes(draw[:4], "big"))
     # Inputs that are not looked up in a table are where the graph begins.
     batch = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in batch.items()}
-    target, gradient = _likelihood(model(**batch), generator)
-    recorder.backward(target, gradient)
+    with torch.enable_grad():  # whatever the caller has set
+        target, gradient = _likelihood(model(**batch), generator)
+        recorder.backward(target, gradient)
     return gradient.numel() // gradient.shape[-1]
 
 
@@ -161,13 +179,6 @@ def _pooled(output: Any) -> Tensor:  # noqa: ANN401
     if hidden is None:
         raise ValueError(f"calibration needs logits or last_hidden_state; {type(output).__name__} has neither")
     return hidden.flatten(2).mean(-1) if hidden.dim() == 4 else hidden.mean(1)
-
-
-def _release(module: nn.Module) -> None:
-    """Give back what running a module took: pages of its weights, where they are mapped, and what was freed."""
-    for p in module.parameters():
-        release(p)
-    trim()
 
 
 class _Collection:

@@ -8,7 +8,7 @@ import sys
 from functools import cache
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 _DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
 _FILE_PAGE = np.uint64(1 << 61)
@@ -53,3 +53,10 @@ def release(tensor: Tensor) -> None:
     changed = (entries & _SWAPPED) | ((entries & _PRESENT) & ~((entries & _FILE_PAGE) << np.uint64(2)))
     if len(entries) == last - first and not changed.any():
         _libc().madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((last - first) * page), ctypes.c_int(_DONTNEED))
+
+
+def release_module(module: nn.Module) -> None:
+    """Give back what running a module took: pages of its weights, where they are mapped, and what was freed."""
+    for p in module.parameters():
+        release(p)
+    trim()

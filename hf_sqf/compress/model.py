@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +21,14 @@ from ..runtime.sqf_container import pack
 from ..runtime.sqf_modules import SUFFIX
 from ..runtime.sqf_quantizer import SQFQuantizer, place, settle
 from ..runtime.sqf_size import compressed_bytes, entry_bytes
-from .budget import OCTAVES, RateCurve, fit, smallest
-from .collect import measure
+from .budget import OCTAVES, Budget, RateCurve, rounds, smallest
+from .calibration_data import Calibration
+from .collect import data_for, measure
 from .factorize import solve
 from .mapped import release, trim
 from .metric import Metric
 from .ranks import Ranks, empty_bytes
+from .sequential import Sequential
 from .statistics import Statistics, fingerprint
 from .target_size import bits_for_size
 from .targets import SMALL, Target, find_targets
@@ -131,14 +135,19 @@ def compress_weights(
     ranks.agree("the config", repr(config.to_dict()))
     ranks.agree("the model", fingerprint(model) if ranks.size > 1 else "")
     targets, dense = find_targets(model, config)
-    statistics = _statistics(model, targets, config, workspace) if metrics is None else None
+    data = data_for(model, config) if metrics is None else None
+    statistics = _statistics(model, targets, config, data, workspace) if metrics is None else None
     metrics = statistics.metrics if statistics is not None else metrics or RelativeMetrics()
     bits = config.bits
     if config.target_size is not None:
         bits = bits_for_size(model, targets, parse_size(config.target_size))
     job = _Job(config, bits, metrics, _Header(model, targets, bits), workspace, ranks)
     targets = job.prepare(targets, dense)
-    packed = job.run(targets)
+    if config.sequential and data is not None and statistics is not None:
+        with Sequential(model, targets, statistics, data.batches) as sequence:
+            packed = job.run_in_sequence(targets, sequence)
+    else:
+        packed = job.run(targets)
     total = sum(p.numel() for p in model.parameters())
     sites = {}
     for target in targets:
@@ -158,12 +167,16 @@ def compress_weights(
 
 
 def _statistics(
-    model: PreTrainedModel, targets: list[Target], config: SQFConfig, workspace: Workspace | None
+    model: PreTrainedModel,
+    targets: list[Target],
+    config: SQFConfig,
+    data: Calibration | None,
+    workspace: Workspace | None,
 ) -> Statistics | None:
     known = workspace.statistics() if workspace is not None else None
     if known is not None:
         return known
-    found = measure(model, targets, config)
+    found = measure(model, targets, config, data)
     if found is not None and workspace is not None:
         Ranks.here().from_first(lambda: workspace.keep_statistics(found))
     return found
@@ -200,6 +213,7 @@ class _Job:
     ) -> None:
         self.config, self.bits, self.metrics, self.header = config, bits, metrics, header
         self.workspace, self.ranks = workspace, ranks
+        self.problem = self._as_it_is
         self.packed: dict[str, Tensor] = {}
         self.curves: dict[str, RateCurve] = {}
         self.largest = 0
@@ -231,11 +245,15 @@ class _Job:
                 )
         return kept
 
+    def _as_it_is(self, target: Target) -> tuple[list[Tensor], list[Metric]]:
+        """Return what is to be approximated: a weight's matrices, (m, n) each, and their metrics."""
+        matrices = target.matrices()
+        return matrices, self.metrics(target.name, matrices)
+
     def _curve(self, target: Target) -> RateCurve:
         """Read a weight and return what it costs."""
         _check_finite(target)
-        matrices = target.matrices()
-        metrics = self.metrics(target.name, matrices)
+        matrices, metrics = self._as_it_is(target)
         side = self._side_information(target, matrices, metrics)
         overhead = 8.0 * (side + self.header.entry(target, 10**4))
         curve = RateCurve(matrices, metrics, overhead, self.config.trellis is not None)
@@ -244,19 +262,52 @@ class _Job:
 
     def run(self, targets: list[Target]) -> dict[str, Tensor]:
         """Solve all weights to the bits of their groups; return the packed bytes of each."""
+        with self._budgets(targets) as solve:
+            self._solve_in_rounds(targets, solve)
+        return self.packed
+
+    def run_in_sequence(self, targets: list[Target], sequence: Sequential) -> dict[str, Tensor]:
+        """Solve all weights as :meth:`run` does, each stage of the model on what those before it give."""
+        self.problem = sequence.problem
+        with self._budgets(targets) as solve:
+            self._solve_in_rounds(sequence.outside, solve)
+            sequence.leave(sequence.outside, self.packed)
+            for stage in sequence.stages:
+                sequence.enter(stage)
+                solve(stage.targets)
+                sequence.leave(stage.targets, self.packed)
+        return self.packed
+
+    def _solve_in_rounds(self, targets: Sequence[Target], solve: Callable[[Sequence[Target]], None]) -> None:
+        for members in _groups(targets).values():
+            for indices in rounds([self.curves[t.name].count for t in members]):
+                solve([members[index] for index in indices])
+
+    @contextmanager
+    def _budgets(self, targets: list[Target]) -> Iterator[Callable[[Sequence[Target]], None]]:
+        """Yield a function that solves some weights within the bits of their groups; in the end all must be solved."""
         hidden = not self.ranks.first
         with transformers_logging.tqdm(total=len(targets), desc="Compressing weights", disable=hidden) as bar:
-            for members in _groups(targets).values():
+            groups = _groups(targets)
+            budgets: dict[str | None, Budget] = {}
+            places: dict[str, int] = {}
+            for group, members in groups.items():
                 curves = [self.curves[t.name] for t in members]
+                budgets[group] = Budget(curves, self._bits(members[0]) * sum(c.count for c in curves))
+                places |= {t.name: index for index, t in enumerate(members)}
 
-                def solve_round(asked: list[tuple[int, float]], members: list[Target] = members) -> list[int]:
-                    before = len(self.packed)
-                    sizes = self._solve_round([(members[index], step) for index, step in asked])
-                    bar.update(len(self.packed) - before)
-                    return sizes
+            def solve_round(group: str | None, asked: list[tuple[int, float]]) -> list[int]:
+                sizes = self._solve_round([(groups[group][index], step) for index, step in asked])
+                bar.update(len(self.packed) - bar.n)
+                return sizes
 
-                fit(curves, self._bits(members[0]) * sum(c.count for c in curves), solve_round)
-        return self.packed
+            def solve(some: Sequence[Target]) -> None:
+                for group, members in _groups(some).items():
+                    budgets[group].solve([places[t.name] for t in members], partial(solve_round, group))
+
+            yield solve
+            for group, budget in budgets.items():
+                budget.settle(partial(solve_round, group))
 
     def _solve_round(self, asked: list[tuple[Target, float]]) -> list[int]:
         """Solve weights at their noise steps, each on one rank; keep the bytes on all, return the bits of each."""
@@ -291,9 +342,8 @@ class _Job:
 
     def _packed(self, target: Target, step: float) -> Tensor:
         structure = str(target.options.get("structure", self.config.structure))
-        matrices = target.matrices()
         factors = []
-        for matrix, metric in zip(matrices, self.metrics(target.name, matrices), strict=True):
+        for matrix, metric in zip(*self.problem(target), strict=True):
             options = self.config.block, self.config.seed, target.name, self.config.trellis or 0
             found = solve(matrix, metric, step, structure, *options)
             factors.append(found.factors)
@@ -318,7 +368,7 @@ class _Job:
         return pack(factors, target.name).numel()
 
 
-def _groups(targets: list[Target]) -> dict[str | None, list[Target]]:
+def _groups(targets: Sequence[Target]) -> dict[str | None, list[Target]]:
     groups: dict[str | None, list[Target]] = {}
     for target in targets:
         groups.setdefault(target.group, []).append(target)

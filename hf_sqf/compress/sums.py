@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 def groups(items: Sequence[Item]) -> list[Sequence[Item]]:
     """Cut a sequence into :data:`GROUPS` parts of nearly equal length, in order (fewer where there are fewer items)."""
     count = min(GROUPS, len(items))
-    ends = [len(items) * i // count for i in range(count + 1)]
+    ends = [len(items) * i // max(count, 1) for i in range(count + 1)]
     return [items[start:end] for start, end in zip(ends, ends[1:], strict=False)]
 
 
@@ -36,6 +36,7 @@ class Sums:
 
     Attributes:
         rows: rows of predictions of the batches that were not held out.
+        held_out: whether batches are held out now, where it stands for a recorder.
     """
 
     moments: dict[str, Tensor] = field(default_factory=dict)
@@ -44,8 +45,9 @@ class Sums:
     held_inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     held_energies: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 0
+    held_out: bool = False
 
-    def take(self, recorder: Recorder, turns: int, ranks: Ranks) -> None:
+    def take(self, recorder: Recorder | Sums, turns: int, ranks: Ranks) -> None:
         """Add the sums of one group from the recorder of each of the first ``turns`` ranks, in the ranks' order.
 
         Every rank calls it, with its own recorder, which is empty afterwards.
@@ -74,7 +76,7 @@ class Sums:
 
 
 def measure_all(
-    recorder: Recorder,
+    recorder: Recorder | Sums,
     ranks: Ranks,
     data: tuple[Sequence[Batch], Sequence[Batch]],
     run: Callable[[int, Batch], int],
@@ -83,7 +85,7 @@ def measure_all(
     """Run batches, group by group, each group on one rank; return the sums of all.
 
     Args:
-        recorder: records what runs; is empty before and afterwards.
+        recorder: records what runs, or is what ``run`` adds to; is empty before and afterwards.
         ranks: the processes that share the work.
         data: batches that are measured, and batches that are held out.
         run: runs a batch: (number of the batch among all, batch) -> rows of predictions. A batch of one number runs on
@@ -111,7 +113,7 @@ def measure_all(
     return sums
 
 
-def _pieces(recorder: Recorder) -> Iterator[tuple[str, str, Tensor]]:
+def _pieces(recorder: Recorder | Sums) -> Iterator[tuple[str, str, Tensor]]:
     """Iterate over what a recorder holds: (attribute, name of the weight or input, float32 tensor)."""
     for kind in ("moments", "energies", "held_energies"):
         for key, tensor in getattr(recorder, kind).items():

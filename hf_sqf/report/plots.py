@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compress.spectrum import one_thread
+from ..compress.threads import one_thread
 from .accounts import bits_by_layer, code_shares
 from .fidelity import HEADINGS
 

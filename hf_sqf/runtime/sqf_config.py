@@ -47,10 +47,13 @@ class SQFConfig(QuantizationConfigMixin):
             ``datasets.Dataset`` or the name of one on the Hub, an iterable of the model's inputs, or ``"self"``, text
             that the model writes itself (see ``hf_sqf.compress.calibration_data``). Never stored.
         tokenizer: for the texts, or its name; None takes the model's own. Never stored.
-        statistics: in place of ``dataset``, what :meth:`hf_sqf.compress.statistics.Statistics.save` wrote (or the
-            object), measured on this model before. Never stored.
+        statistics: what :meth:`hf_sqf.compress.statistics.Statistics.save` wrote (or the object), measured on this
+            model before: ``dataset`` is then not measured again, and may be left out. Never stored.
         samples: how many inputs of the calibration data are measured, of each kind of text.
         context: how many tokens an input has at most.
+        sequential: with a ``dataset``, fit each weight to the inputs that it gets from those compressed before it, so
+            that it makes up for their errors (see ``hf_sqf.compress.sequential``). Takes a few more runs of the data
+            through the model.
         own_text: measure on as much text that the model writes itself, too: it helps on all that ``dataset`` lacks.
         trellis: states of dependent quantization (4 to 256, a power of two), which rounds each code with regard to
             those before it and takes the place of scalar rounding wherever it saves bits; None rounds scalar. More
@@ -85,6 +88,7 @@ class SQFConfig(QuantizationConfigMixin):
     samples: int = 32
     context: int = 512
     own_text: bool = True
+    sequential: bool = True
     trellis: int | None = 64
     block: int | None = None
     seed: int = 0
@@ -126,13 +130,11 @@ class SQFConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = _check_names(self.modules_to_not_convert, "modules_to_not_convert")
         if self.target_size is not None:
             parse_size(self.target_size)
-        if self.dataset is not None and self.statistics is not None:
-            raise ValueError("give dataset or statistics, not both")
         for name in ("samples", "context"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 2:
                 raise ValueError(f"{name} must be an integer of 2 or more, got {getattr(self, name)!r}")
         check_runtime(self.runtime)
-        for name in ("include_embeddings", "dequantize", "own_text"):
+        for name in ("include_embeddings", "dequantize", "own_text", "sequential"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _check_trellis(self.trellis)
