@@ -80,9 +80,8 @@ class Recipe:
         if odd := [name for name in names if not name or name.startswith(".") or "/" in name or "\\" in name]:
             raise ValueError(f"{odd[0]!r} cannot be the name of a compression's folder")
         for number, entry in enumerate(self.compressions):
-            if ("from" in entry) != ("train" in entry) or (
-                "from" in entry and entry.keys() > {"name", "from", "train"}
-            ):
+            others = entry.keys() - {"name", "from", "train"}
+            if ("from" in entry) != ("train" in entry) or ("from" in entry and others):
                 raise ValueError(f"{names[number]}: from and train go together, with nothing else but a name")
             if "from" in entry and entry["from"] not in names[:number]:
                 raise ValueError(f"{names[number]}: from must name a compression above, got {entry['from']!r}")

@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -26,7 +28,7 @@ _WHISPER = WhisperConfig(
     vocab_size=128, max_target_positions=32, decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     **_SIZES,
 )  # fmt: skip
-_CLASSIFIER = DistilBertConfig(vocab_size=128, dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=64)
+_CLASSIFIER = DistilBertConfig(vocab_size=128, dim=32, hidden_dim=64, n_layers=2, n_heads=2, initializer_range=0.1)
 TINY = {
     "whisper": lambda: WhisperForConditionalGeneration(_WHISPER),
     "classifier": lambda: DistilBertForSequenceClassification(_CLASSIFIER),
@@ -98,7 +100,7 @@ def small_recipe(folder: Path, original: Path, **changes: object) -> None:
         "dataset": "texts.txt",
         "compressions": [
             {"bits": 4, "structure": "grid", "trellis": None, "samples": 4, "context": 8},
-            {"from": "4-bit", "train": {"steps": 6, "context": 8, "learning_rate": 0.02}},
+            {"from": "4-bit", "train": {"steps": 30, "context": 16, "batch": 4, "learning_rate": 0.002}},
         ],
         "evaluations": [{"dataset": "texts.txt", "context": 16}],
     }
@@ -112,7 +114,10 @@ def written(folder: Path) -> dict[str, int]:
 def test_training_brings_a_model_closer_and_an_interrupted_run_goes_on(
     original: Path, texts: Path, typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    small_recipe(tmp_path, original)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(original, initializer_range=0.3)  # predictions that say something
+    AutoTokenizer.from_pretrained(original).save_pretrained(tmp_path / "sure")
+    small_recipe(tmp_path, saved(AutoModelForCausalLM.from_config(config), tmp_path / "sure"))
     with monkeypatch.context() as context:
         context.setattr("hf_sqf.cli.recipe.tune", lambda *_: (_ for _ in ()).throw(OSError("no room on the disk")))
         one_sentence(typed("run", "mine.yaml", code=1), "no room on the disk")
@@ -161,6 +166,29 @@ def test_names_and_several_evaluations(original: Path, texts: Path, typed, tmp_p
     typed("run", "mine.yaml", "--force")
 
 
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ({"labels": "label", "dataset": "labelled.jsonl"}, "labelled.jsonl has no column label; it has text, class"),
+        ({"dataset": "missing.txt"}, "there is no file missing.txt"),
+    ],
+    ids=["no column", "no file"],
+)
+def test_data_that_does_not_fit(train: dict[str, object], says: str, original: Path, typed, tmp_path: Path):
+    (tmp_path / "labelled.jsonl").write_text('{"text": "the a", "class": 1}\n')
+    tiny = {"bits": 4, "structure": "grid", "trellis": None}
+    small_recipe(tmp_path, original, dataset=None, compressions=[tiny, {"from": "4-bit", "train": train}])
+    one_sentence(typed("run", "mine.yaml", code=1), says)
+    assert not (tmp_path / "results" / "4-bit-trained").exists()
+
+
+def test_training_on_texts_takes_a_tokenizer(typed, tmp_path: Path):
+    model = saved(TINY["llama"](), tmp_path / "bare")
+    tiny = {"bits": 4, "structure": "grid", "trellis": None}
+    small_recipe(tmp_path, model, dataset=None, compressions=[tiny, {"from": "4-bit", "train": {"steps": 1}}])
+    one_sentence(typed("run", "mine.yaml", code=1), f"no tokenizer comes with {model}")
+
+
 GOOD = {"model": "m", "out": "results", "compressions": [{"bits": 4}]}
 BAD = [
     (GOOD | {"modle": "x"}, "unknown key modle"),
@@ -199,3 +227,8 @@ def test_what_is_no_yaml_and_odd_settings(typed, tmp_path: Path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(GOOD))
     one_sentence(typed("run", "mine.yaml", "--set", "color=red", code=1), "unknown key color")
     assert "KEY=VALUE" in typed("run", "mine.yaml", "--set", "model", code=2).stderr
+
+
+def test_the_list_of_recipes_is_whole():
+    listed = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    assert {path.name for path in SHIPPED} == {line.split("`")[1] for line in listed.splitlines() if line[:3] == "| `"}
