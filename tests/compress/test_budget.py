@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sqf.compress.budget import OCTAVES, ROUND, TOLERANCE, RateCurve, RateSum, fit, interpolate, rounds, smallest
+from hf_sqf.compress.budget import OCTAVES, ROUND, TOLERANCE, Budget, RateCurve, RateSum, interpolate, rounds, smallest
 from hf_sqf.compress.grid import solve_grid
 from hf_sqf.compress.metric import Metric
 from hf_sqf.runtime.sqf_container import pack
@@ -20,6 +20,14 @@ def gaussian(m: int, n: int, seed: int = 0) -> torch.Tensor:
 
 def curve_of(weight: torch.Tensor, overhead: float = 800.0) -> RateCurve:
     return RateCurve([weight], [Metric.relative(weight)], overhead)
+
+
+def fit(curves: list[RateCurve], bits: float, solve: Callable) -> float:
+    """Solve all weights in rounds; return what they cost."""
+    budget = Budget(curves, bits)
+    for indices in rounds([curve.count for curve in curves]):
+        budget.solve(indices, solve)
+    return budget.settle(solve)
 
 
 class Codec:

@@ -20,7 +20,7 @@ from hf_sqf import SQFConfig
 from hf_sqf.compress.budget import TOLERANCE
 from hf_sqf.compress.factorize import solve
 from hf_sqf.compress.metric import Metric
-from hf_sqf.compress.model import _Job
+from hf_sqf.compress.job import Job
 from hf_sqf.compress.targets import EMBEDDING, EXCLUDED, HEAD, KIND, SMALL
 from hf_sqf.runtime.sqf_modules import SQFModule
 from tests.conftest import ARCHITECTURES, build, outputs_of
@@ -259,7 +259,7 @@ def test_options_that_fit_nothing(options: dict, message: str):
 def test_bits_that_cannot_be_reached_name_the_smallest(monkeypatch: pytest.MonkeyPatch):
     model = build("llama")
     before = state(model)
-    monkeypatch.setattr(_Job, "_solve", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(Job, "_solve", lambda *_: pytest.fail("work was done"))
     with pytest.raises(
         ValueError, match=r"bits=0\.2 cannot be reached; the smallest for these weights is [01]\.\d\d\d"
     ):
@@ -290,7 +290,7 @@ def test_an_error_while_solving_leaves_the_model_as_it_was(monkeypatch: pytest.M
             raise KeyboardInterrupt
         return solve(*args, **options)
 
-    monkeypatch.setattr(importlib.import_module("hf_sqf.compress.model"), "solve", failing)
+    monkeypatch.setattr(importlib.import_module("hf_sqf.compress.job"), "solve", failing)
     with pytest.raises(KeyboardInterrupt):
         hf_sqf.compress(model, SQFConfig(bits=5.0, **GRID))
     unchanged(model, before)
