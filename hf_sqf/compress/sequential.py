@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from ..runtime.sqf_container import unpack
 from .blocks import Batch, Reached, Replay, find_stacks
+from .calibration_data import spread
 from .mapped import release_module
 from .metric import Metric
 from .ranks import Ranks
@@ -43,6 +44,8 @@ SHARE = 0.5
 """Of the step to W*. On the first 12 blocks of SmolLM2-135M, in KL on text of the calibration's kind and on other text,
 at the same noise step: 0: 0.233, 0.279 (0.246, 0.303 with the original's inputs); 0.3: 0.183, 0.245; 0.5: 0.178, 0.245;
 0.75: 0.195, 0.283; 1: diverges (recipes/results/calibration_trials.txt)."""
+EVERY, LEAST = 2, 8
+"""One batch of so many runs here, but so many at least: it takes five times what measuring it once does."""
 _DRIFT = ":drift"
 
 
@@ -55,12 +58,14 @@ class Stage:
         key: the input's name.
         module: whose input it is.
         targets: the weights.
+        last: whether no stage of the block comes after it.
     """
 
     block: int
     key: str
     module: nn.Module
     targets: tuple[Target, ...]
+    last: bool
 
     @property
     def experts(self) -> bool:
@@ -86,10 +91,12 @@ class Sequential:
     def __init__(
         self, model: PreTrainedModel, targets: Sequence[Target], statistics: Statistics, batches: Sequence[Batch]
     ) -> None:
-        self._model, self._statistics, self._batches = model, statistics, batches
+        self._model, self._statistics = model, statistics
+        self._batches = spread(batches, max(len(batches) // EVERY, LEAST))
         self._ranks, self._moments = Ranks.here(), FileMoments()
         self._decoded: dict[nn.Parameter, Tensor] = {}
         self._reached = 0  # the data has been through so many blocks
+        self._done: set[int] = set()  # blocks that the original's data has been through
         with measuring(model):
             self._replay = Replay(model, find_stacks(model, batches[0]))
             self.stages = self._find_stages(targets)
@@ -118,7 +125,11 @@ class Sequential:
             if len(target.sites) == 1 and module in block_of and measured:
                 key = target.name if target.held.stacked else known[target.name]
                 found.setdefault((block_of[module], key), []).append(target)
-        return [Stage(block, key, some[0].sites[0][0], tuple(some)) for (block, key), some in found.items()]
+        lasts = dict(found.keys())  # block -> key of its last stage
+        return [
+            Stage(block, key, some[0].sites[0][0], tuple(some), lasts[block] == key)
+            for (block, key), some in found.items()
+        ]
 
     def _in_order(self, targets: Sequence[Target]) -> list[Target]:
         """Return the weights in the order in which they are used."""
@@ -137,7 +148,7 @@ class Sequential:
         """Measure the inputs of a stage; all before it must have been left."""
         while self._reached < stage.block:
             with self._replay.at(self._reached) as run:
-                self._measure(Sums(), partial(self._both, run))
+                self._measure(Sums(), partial(self._through, run))
             block = self._replay.blocks[self._reached]
             for p in block.parameters():
                 self._decoded.pop(p, None)
@@ -151,6 +162,7 @@ class Sequential:
             else:
                 tally = Sums()
                 sums = self._measure(tally, partial(self._pair, run, stage, tally))
+                self._done |= {stage.block} if stage.last else set()
         self._moments.add({key: total.div_(sums.counts[key]) for key, total in sums.moments.items()})
 
     def leave(self, stage: Sequence[Target], packed: Mapping[str, Tensor]) -> None:
@@ -188,8 +200,9 @@ class Sequential:
     def _measure(self, recorder: Recorder | Sums, run: Callable[[int, Batch], int]) -> Sums:
         return measure_all(recorder, self._ranks, (self._batches, ()), run, lambda count: None)
 
-    def _both(self, run: Callable[[str, Batch], Any], number: int, batch: Batch) -> int:
-        run(f"original-{number}", batch)
+    def _through(self, run: Callable[[str, Batch], Any], number: int, batch: Batch) -> int:
+        if self._reached not in self._done:
+            run(f"original-{number}", batch)
         return self._compressed(run, number, batch)
 
     def _compressed(self, run: Callable[[str, Batch], Any], number: int, batch: Batch) -> int:
@@ -199,7 +212,7 @@ class Sequential:
 
     def _pair(self, run: Callable[[str, Batch], Any], stage: Stage, tally: Sums, number: int, batch: Batch) -> int:
         """Add the moments of a stage's input, and of what it lacks, over a batch."""
-        original = _input_of(stage.module, run, f"original-{number}", batch)
+        original = _input_of(stage.module, run, f"original-{number}", batch, stage.last)
         with self._swapped():
             rows = _input_of(stage.module, run, f"compressed-{number}", batch)
         for key, left in ((stage.key, rows), (stage.key + _DRIFT, original.sub_(rows))):
@@ -222,15 +235,18 @@ class Sequential:
                 parameter.data = data
 
 
-def _input_of(module: nn.Module, run: Callable[[str, Batch], Any], key: str, batch: Batch) -> Tensor:
-    """Return the rows (N, n) that reach a module, float32; what comes behind it is not run."""
+def _input_of(
+    module: nn.Module, run: Callable[[str, Batch], Any], key: str, batch: Batch, to_end: bool = False
+) -> Tensor:
+    """Return the rows (N, n) that reach a module, float32; what comes behind it in its block is run on request."""
     seen: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows = input_rows(module, args[0])
         assert rows is not None  # it would have no statistics
         seen.append(rows.float().clone())
-        raise Reached
+        if not to_end:
+            raise Reached
 
     hook = module.register_forward_pre_hook(look)
     try:

@@ -19,8 +19,8 @@ import hf_sqf
 from hf_sqf import SQFConfig
 from hf_sqf.compress.budget import TOLERANCE
 from hf_sqf.compress.factorize import solve
-from hf_sqf.compress.metric import Metric
 from hf_sqf.compress.job import Job
+from hf_sqf.compress.metric import Metric
 from hf_sqf.compress.targets import EMBEDDING, EXCLUDED, HEAD, KIND, SMALL
 from hf_sqf.runtime.sqf_modules import SQFModule
 from tests.conftest import ARCHITECTURES, build, outputs_of

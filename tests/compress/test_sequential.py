@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -104,14 +103,13 @@ def test_experts_are_measured_as_they_are_hit():
         assert torch.equal(metric.g, original.g)
 
 
-@pytest.mark.parametrize("make", [llama, mixtral])
-def test_it_lowers_the_divergence(make):
+def test_it_lowers_the_divergence():
     """On the data that was measured, at the same bits."""
     batches, divergences = tokens(24, length=24), {}
     data = [dict(batch) for batch in batches]
     torch.manual_seed(0)
     for sequential in (False, True):
-        model = make()
+        model = llama()
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.25)
@@ -121,7 +119,7 @@ def test_it_lowers_the_divergence(make):
             after = [model(**batch).logits.log_softmax(-1) for batch in batches]
         pairs = zip(before, after, strict=True)
         divergences[sequential] = sum(float((p.exp() * (p - q)).sum()) for p, q in pairs)
-    assert divergences[True] < divergences[False]
+    assert divergences[True] < 0.9 * divergences[False]
 
 
 def test_a_model_without_blocks_is_calibrated_on_the_originals_inputs():
