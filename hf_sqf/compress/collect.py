@@ -21,7 +21,7 @@ from .blocks import Batch, Replay, find_stacks
 from .calibration_data import Calibration, calibration
 from .mapped import release_module
 from .ranks import Ranks
-from .recorder import Recorder, measuring, shared_inputs
+from .recorder import ROWS, Recorder, measuring, shared_inputs
 from .statistics import (
     FileMoments,
     Statistics,
@@ -41,7 +41,6 @@ UNTESTED = 0.1
 GRADIENTS_EVERY = 2
 """Gradients are taken of one batch of so many: g^2 has fewer numbers to be found than H, and costs twice as much."""
 _GRADIENT_COST = 4  # of running a batch forth, back and (recomputed) forth again, in runs forth
-_ROWS = 64  # rows of logits whose probabilities are held at a time
 
 
 def data_for(model: PreTrainedModel, config: SQFConfig) -> Calibration | None:
@@ -164,7 +163,7 @@ def _likelihood(output: Any, generator: torch.Generator) -> tuple[Tensor, Tensor
     if logits.dim() == 4:  # segmentation: (batch, classes, height, width)
         logits = logits.movedim(1, -1)
     gradient = torch.empty_like(logits)
-    rows = zip(logits.detach().flatten(0, -2).split(_ROWS), gradient.flatten(0, -2).split(_ROWS), strict=True)
+    rows = zip(logits.detach().flatten(0, -2).split(ROWS), gradient.flatten(0, -2).split(ROWS), strict=True)
     for z, delta in rows:
         p = z.float().softmax(-1)
         below = p.cumsum(-1)

@@ -28,6 +28,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ROWS = 64
+"""Rows of outputs that are worked on at a time."""
 HELD_ROWS = 32
 """Input rows kept of every batch that is held out."""
 
@@ -142,11 +144,17 @@ class Recorder(TorchFunctionMode):
             output.register_hook(partial(self._add_energy, name, module))
 
     def _add_energy(self, name: str, module: nn.Module | None, gradient: Tensor) -> None:
-        delta = output_rows(module, gradient).float() if module is not None else gradient.flatten(0, -2).float()
-        # At the logits delta = p - 1_y. Its mean square over labels y drawn from p is p (1 - p), which is
-        # |delta| (1 - |delta|) whichever was drawn.
-        square = delta.abs() * (1.0 - delta.abs()) if name == self._head else delta.square()
-        self._add(self.held_energies if self.held_out else self.energies, name, square.sum(0))
+        rows = output_rows(module, gradient) if module is not None else gradient.flatten(0, -2)
+        total = torch.zeros(rows.shape[1], device=rows.device)
+        for delta in rows.split(ROWS):  # there may be many logits
+            if name == self._head:
+                # Here delta = p - 1_y. Its mean square over labels y drawn from p is p (1 - p), which is
+                # |delta| (1 - |delta|) whichever was drawn.
+                size = delta.float().abs()
+                total += size.sub_(size.square()).sum(0)
+            else:
+                total += delta.float().square().sum(0)
+        self._add(self.held_energies if self.held_out else self.energies, name, total)
 
     def _embedding_hook(self, name: str, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> None:
         if self._backward or not output.requires_grad:
