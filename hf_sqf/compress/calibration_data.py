@@ -12,7 +12,7 @@ import logging
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
+Item = TypeVar("Item")
 SELF = "self"
 """The name of the data set that a model writes itself."""
 HELD_OUT = 8
 """One of so many inputs is held out to choose shrinkage on."""
+EVERY, LEAST = 2, 8
+"""Of calibration in sequence: one input of so many is used, but so many at least."""
 _MASKED = 0.15  # share of masked tokens, as masked language models are trained
 _WRITTEN = 256  # tokens of a text that the model writes, at most: generation slows down as texts grow
 _LOOK = 8  # texts are read until there are so many times the tokens that are wanted
@@ -176,11 +179,16 @@ def _peek(items: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     return head, itertools.chain([head], iterator)
 
 
-def spread(items: Sequence[Any], count: int) -> list[Any]:
+def spread(items: Sequence[Item], count: int) -> list[Item]:
     """Return ``count`` of the items, evenly spread."""
     if len(items) <= count:
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def thinned(batches: Sequence[Item]) -> list[Item]:
+    """Return the inputs that run through a model again and again while it is compressed in sequence."""
+    return spread(batches, max(len(batches) // EVERY, LEAST))
 
 
 def _hold_out(batches: list[Batch]) -> Calibration:

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_modules import SUFFIX, Held
 from .blocks import Batch, Replay, find_stacks
-from .calibration_data import Calibration, calibration
+from .calibration_data import Calibration, calibration, thinned
 from .mapped import release_module
 from .ranks import Ranks
 from .recorder import ROWS, Recorder, measuring, shared_inputs
@@ -56,7 +56,11 @@ def data_for(model: PreTrainedModel, config: SQFConfig) -> Calibration | None:
 
 
 def measure(
-    model: PreTrainedModel, targets: Iterable[Target], config: SQFConfig, data: Calibration | None = None
+    model: PreTrainedModel,
+    targets: Iterable[Target],
+    config: SQFConfig,
+    data: Calibration | None = None,
+    again: bool = False,
 ) -> Statistics | None:
     """Return the statistics that a config asks for: read, or measured on its data; None where it names neither.
 
@@ -65,6 +69,7 @@ def measure(
         targets: the weights to be compressed.
         config: what is asked for.
         data: what :func:`data_for` returned, if it was called already.
+        again: see :func:`collect`.
 
     Raises:
         ValueError: the data cannot be used, or the statistics are those of another model.
@@ -75,7 +80,7 @@ def measure(
         found.check(model)
         return found
     data = data or data_for(model, config)
-    return None if data is None else collect(model, targets, data.batches, data.held_out, config.seed)
+    return None if data is None else collect(model, targets, data.batches, data.held_out, config.seed, again=again)
 
 
 def collect(
@@ -85,6 +90,7 @@ def collect(
     held_out: Sequence[Batch],
     seed: int = 0,
     memory: int | None = None,
+    again: bool = False,
 ) -> Statistics:
     """Measure the statistics of a model's weights. Ranks of ``torch.distributed`` share the data; all call it alike.
 
@@ -96,6 +102,7 @@ def collect(
         seed: of the labels drawn.
         memory: bytes that the moments H of one block may take; where they need more, the data runs through it several
             times. None lets them take as much as the model's parameters do.
+        again: the moments of blocks will be measured again, in sequence: less data will do here.
 
     Raises:
         ValueError: there is no data, or activations or gradients are not finite.
@@ -113,7 +120,9 @@ def collect(
         plan = collection.plan(shared, replay, limit)
         some = batches[::GRADIENTS_EVERY], held_out[::GRADIENTS_EVERY]
         cost = _GRADIENT_COST * max(len(replay.blocks), 1)
-        steps = cost * sum(map(len, some)) + len(plan) * (len(batches) + len(held_out))
+        few = again and bool(replay.blocks)
+        every = (thinned(batches), thinned(held_out)) if few else (batches, held_out)
+        steps = cost * sum(map(len, some)) + len(plan) * sum(map(len, every))
         with recorder, transformers_logging.tqdm(total=steps, desc="Calibrating", disable=not ranks.first) as bar:
             recorder.wanted = collection.tables  # the moments of embeddings are those of gradients
             gradients = partial(_gradients, model, recorder, seed)
@@ -122,7 +131,7 @@ def collect(
             for index, recorder.wanted in plan:
                 with replay.at(index) as run:
                     forth = partial(_forth, run)
-                    collection.keep_moments(measure_all(recorder, ranks, (batches, held_out), forth, bar.update))
+                    collection.keep_moments(measure_all(recorder, ranks, every, forth, bar.update))
                 for block in replay.blocks[index : index + 1]:
                     release_module(block)
         release_module(model)

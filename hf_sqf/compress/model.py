@@ -162,7 +162,7 @@ def _statistics(
     known = workspace.statistics() if workspace is not None else None
     if known is not None:
         return known
-    found = measure(model, targets, config, data)
+    found = measure(model, targets, config, data, again=config.sequential)
     if found is not None and workspace is not None:
         Ranks.here().from_first(lambda: workspace.keep_statistics(found))
     return found

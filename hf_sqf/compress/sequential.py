@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from ..runtime.sqf_container import unpack
 from .blocks import Batch, Reached, Replay, find_stacks
-from .calibration_data import spread
+from .calibration_data import thinned
 from .mapped import release_module
 from .metric import Metric
 from .ranks import Ranks
@@ -44,8 +44,6 @@ SHARE = 0.5
 """Of the step to W*. On the first 12 blocks of SmolLM2-135M, in KL on text of the calibration's kind and on other text,
 at the same noise step: 0: 0.233, 0.279 (0.246, 0.303 with the original's inputs); 0.3: 0.183, 0.245; 0.5: 0.178, 0.245;
 0.75: 0.195, 0.283; 1: diverges (recipes/results/calibration_trials.txt)."""
-EVERY, LEAST = 2, 8
-"""One batch of so many runs here, but so many at least: it takes five times what measuring it once does."""
 _DRIFT = ":drift"
 
 
@@ -91,8 +89,7 @@ class Sequential:
     def __init__(
         self, model: PreTrainedModel, targets: Sequence[Target], statistics: Statistics, batches: Sequence[Batch]
     ) -> None:
-        self._model, self._statistics = model, statistics
-        self._batches = spread(batches, max(len(batches) // EVERY, LEAST))
+        self._model, self._statistics, self._batches = model, statistics, thinned(batches)
         self._ranks, self._moments = Ranks.here(), FileMoments()
         self._decoded: dict[nn.Parameter, Tensor] = {}
         self._reached = 0  # the data has been through so many blocks
