@@ -152,7 +152,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--scalar-structure", default="pgd", help="without a trellis; pgd is the grid with a dead zone")
     parser.add_argument("--only-trellis", action="store_true", help="leave out the baselines and the embeddings")
-    parser.add_argument("--one-pass", action="store_true", help="do not calibrate in sequence")
+    parser.add_argument("--one-pass", action="store_true", help="sequential=False, which takes less time")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=8192, help="to measure on, of each text")
@@ -238,6 +238,7 @@ def main() -> None:
             model.save_pretrained(folder)
             size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
         method = f"hf_sqf, {options.get('structure', args.structure)}"
+        method += ", one pass" * args.one_pass
         method += ", scalar" * ("trellis" in options) + ", with embeddings" * ("bits" not in options)
         rate = model.config.quantization_config.coverage["bits"]
         divergences = note(method, rate, size, model, seconds)
