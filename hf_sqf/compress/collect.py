@@ -52,7 +52,9 @@ def data_for(model: PreTrainedModel, config: SQFConfig) -> Calibration | None:
     if config.dataset is None:
         return None
     options = config.tokenizer, config.samples, config.context, config.own_text, config.seed
-    return Ranks.here().from_first(lambda: calibration(model, config.dataset, *options))
+    found = Ranks.here().from_first(lambda: calibration(model, config.dataset, *options))
+    release_module(model)  # which may have written text
+    return found
 
 
 def measure(
