@@ -16,7 +16,9 @@ from transformers.utils import logging
 
 import hf_sqf
 from hf_sqf import SQFConfig, compress_checkpoint
+from hf_sqf.compress import job as job_module
 from hf_sqf.compress import model as model_module
+from hf_sqf.compress.calibration_data import Calibration
 from hf_sqf.compress.workspace import Workspace
 from hf_sqf.runtime.sqf_container import pack
 from tests.conftest import build
@@ -59,7 +61,7 @@ def test_the_bytes_are_those_of_compression_on_load(source, tmp_path):
 
 def test_an_interrupted_run_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
     expected = on_load(source, tmp_path / "on_load")
-    solve, solved = model_module.solve, []
+    solve, solved = job_module.solve, []
 
     def failing(*args, **options):
         solved.append(args)
@@ -67,19 +69,19 @@ def test_an_interrupted_run_goes_on_where_it_stopped(source, tmp_path, monkeypat
             raise OSError(28, "No space left on device")
         return solve(*args, **options)
 
-    monkeypatch.setattr(model_module, "solve", failing)
+    monkeypatch.setattr(job_module, "solve", failing)
     with pytest.raises(OSError, match="No space left"):
         compress_checkpoint(source, tmp_path / "small", SQFConfig(**OPTIONS))
     assert not (tmp_path / "small").exists()
     kept = len(list((tmp_path / ".small.partial").glob("*.sqf")))
     assert kept >= 3
     first, solved[:] = len(solved), []
-    monkeypatch.setattr(model_module, "solve", lambda *args, **options: solved.append(args) or solve(*args, **options))
+    monkeypatch.setattr(job_module, "solve", lambda *args, **options: solved.append(args) or solve(*args, **options))
     target = compress_checkpoint(source, tmp_path / "small", SQFConfig(**OPTIONS))
     assert weights(target) == expected
     # Sixteen weights are sampled anew; what was solved before is not solved again.
     whole: list[object] = []
-    monkeypatch.setattr(model_module, "solve", lambda *args, **options: whole.append(args) or solve(*args, **options))
+    monkeypatch.setattr(job_module, "solve", lambda *args, **options: whole.append(args) or solve(*args, **options))
     compress_checkpoint(source, tmp_path / "again", SQFConfig(**OPTIONS))
     assert first == 20 and len(solved) == len(whole) - kept
 
@@ -87,11 +89,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(source, tmp_path, monkeypat
 @pytest.mark.parametrize(("change", "said"), [({"bits": 3.0}, "bits was 4.0, is 3.0"), ({"seed": 7}, "seed was")])
 def test_the_beginning_of_another_run_is_refused(source, tmp_path, monkeypatch, change, said):
     partial = tmp_path / ".small.partial"
-    solve = model_module.solve
-    monkeypatch.setattr(model_module, "solve", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+    solve = job_module.solve
+    monkeypatch.setattr(job_module, "solve", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         compress_checkpoint(source, tmp_path / "small", SQFConfig(**OPTIONS))
-    monkeypatch.setattr(model_module, "solve", solve)
+    monkeypatch.setattr(job_module, "solve", solve)
     with pytest.raises(ValueError, match=said):
         compress_checkpoint(source, tmp_path / "small", SQFConfig(**{**OPTIONS, **change}))
     assert partial.exists()
@@ -139,7 +141,7 @@ def impossible(request, tmp_path):
 
 def test_an_impossible_target_is_an_error_before_any_work(source, tmp_path, impossible, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(model_module, "solve", lambda *args, **options: pytest.fail("work was begun"))
+    monkeypatch.setattr(job_module, "solve", lambda *args, **options: pytest.fail("work was begun"))
     with pytest.raises(OSError):
         compress_checkpoint(source, impossible, SQFConfig(**OPTIONS))
     assert sorted(tmp_path.rglob("*")) == before
@@ -202,19 +204,19 @@ def test_results_are_whole_or_not_there(tmp_path):
 
 
 def test_calibration_resumes(source, tmp_path, monkeypatch):
-    data = [torch.randint(128, (1, 16), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    ids = [torch.randint(128, (1, 16), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    data = Calibration([{"input_ids": some} for some in ids[:3]], [{"input_ids": ids[3]}])
     config = SQFConfig(dataset=["words " * 5] * 4, **OPTIONS)
-    calls = []
+    measure, calls = model_module.measure, []
 
-    def measured(model, targets, config):
-        from hf_sqf.compress.collect import collect
-
+    def measured(*args, **options):
         calls.append(1)
-        return collect(model, targets, [{"input_ids": ids} for ids in data[:3]], [{"input_ids": data[3]}])
+        return measure(*args, **options)
 
+    monkeypatch.setattr(model_module, "data_for", lambda model, config: data)
     monkeypatch.setattr(model_module, "measure", measured)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model_module, "solve", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(job_module, "solve", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         compress_checkpoint(source, tmp_path / "small", config)
     resumed = weights(compress_checkpoint(source, tmp_path / "small", config))
     assert len(calls) == 1

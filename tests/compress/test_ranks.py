@@ -91,7 +91,12 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     build("llama").save_pretrained(folder / "source", max_shard_size="20KB")
     (folder / "checkpoint").mkdir()
-    make_everything(folder / "source", folder / "rank-0")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun has it: running the model may give other bits with more
+    try:
+        make_everything(folder / "source", folder / "rank-0")
+    finally:
+        torch.set_num_threads(threads)
     return folder
 
 
@@ -185,9 +190,9 @@ def test_without_a_process_group_there_is_one_rank():
 
 def _failing_at(fifth, fail):
     """Have the second rank fail at its fifth weight."""
-    from hf_sqf.compress import model as model_module
+    from hf_sqf.compress import job as job_module
 
-    solve, solved = model_module.solve, []
+    solve, solved = job_module.solve, []
 
     def failing(weight, *args, **options):
         solved.append(1)
@@ -195,7 +200,7 @@ def _failing_at(fifth, fail):
             fail()
         return solve(weight, *args, **options)
 
-    model_module.solve = failing
+    job_module.solve = failing
 
 
 def main() -> None:

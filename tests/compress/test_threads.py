@@ -10,7 +10,7 @@ import torch
 
 import hf_sqf
 from hf_sqf import SQFConfig, compress
-from hf_sqf.compress import model as model_module
+from hf_sqf.compress import job as job_module
 from hf_sqf.compress.metric import Metric
 from hf_sqf.compress.threads import one_thread, side_by_side
 from tests.conftest import build
@@ -70,7 +70,7 @@ def solve_side_by_side(weight, metric, step, structure, trellis) -> bytes:
 
 def test_weights_are_solved_by_as_many_threads_as_torch_may_use(threads, monkeypatch):
     """Each of which has torch compute on one; numba starts none of its own."""
-    solve, lock, at_work, most = model_module.solve, threading.Lock(), set(), []
+    solve, lock, at_work, most = job_module.solve, threading.Lock(), set(), []
 
     def watched(*args, **options):
         with lock:
@@ -84,8 +84,8 @@ def test_weights_are_solved_by_as_many_threads_as_torch_may_use(threads, monkeyp
             with lock:
                 at_work.discard(threading.get_ident())
 
-    monkeypatch.setattr(model_module, "solve", watched)
-    monkeypatch.setattr(model_module._Job, "_share_out", _without_limit)
+    monkeypatch.setattr(job_module, "solve", watched)
+    monkeypatch.setattr(job_module.Job, "_share_out", _without_limit)
     compress(build("llama"), SQFConfig(structure="grid", trellis=None))
     assert max(most) == threads and torch.get_num_threads() == threads
     assert not numba_parallel._is_initialized
