@@ -121,7 +121,8 @@ def compress_weights(
     ranks.agree("the config", repr(config.to_dict()))
     ranks.agree("the model", fingerprint(model) if ranks.size > 1 else "")
     targets, dense = find_targets(model, config)
-    data = data_for(model, config) if metrics is None else None
+    # In one pass only measuring needs the data, and gets it itself, unless statistics are known.
+    data = data_for(model, config) if metrics is None and config.sequential else None
     statistics = _statistics(model, targets, config, data, workspace) if metrics is None else None
     metrics = statistics.metrics if statistics is not None else metrics or RelativeMetrics()
     bits = config.bits
@@ -129,7 +130,7 @@ def compress_weights(
         bits = bits_for_size(model, targets, parse_size(config.target_size))
     job = Job(config, bits, metrics, Header(model, targets, bits), workspace, ranks)
     targets = job.prepare(targets, dense)
-    if config.sequential and data is not None and statistics is not None:
+    if data is not None and statistics is not None:
         with Sequential(model, targets, statistics, data.batches) as sequence:
             packed = job.run_in_sequence(targets, sequence)
     else:
