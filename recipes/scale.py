@@ -1,6 +1,6 @@
 """Time and memory of compressing checkpoints of growing size, data-free.
 
-    python recipes/scale.py [--billions 0.1 0.3 1 3] [--bits 3] [--structure grid] [--trellis 0]
+    python recipes/scale.py [--billions 0.1 0.3 1 3] [--bits 3] [--structure grid] [--trellis 64]
 
 Makes a sharded Llama checkpoint of random bfloat16 weights for each size in a temporary folder, compresses it by
 ``compress_checkpoint`` in a fresh process, and deletes both. Memory is the most that the process ever held above its
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--billions", type=float, nargs="+", default=sorted(WIDTHS), choices=sorted(WIDTHS))
     parser.add_argument("--bits", type=float, default=3.0)
     parser.add_argument("--structure", default="grid")
-    parser.add_argument("--trellis", type=int, default=0, help="states; 0 for scalar rounding")
+    parser.add_argument("--trellis", type=int, default=64, help="states; 0 for scalar rounding")
     args = parser.parse_args()
     options = {"bits": args.bits, "structure": args.structure, "trellis": args.trellis or None}
     packages = ", ".join(f"{name} {version(name)}" for name in ("hf-sqf", "torch", "transformers"))
