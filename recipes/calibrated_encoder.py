@@ -3,8 +3,8 @@
     python recipes/calibrated_encoder.py --calibration TEXT --dev TEXT [--model sentence-transformers/all-MiniLM-L6-v2]
 
 Texts hold a paragraph a line. Cosines are those of the mean-pooled embeddings of the original and of the compressed
-model, on ``--dev`` and on Python's ``pydoc_data.topics``. Embeddings are compressed too. The table is kept in
-``results/calibrated_encoder.txt``.
+model, on ``--dev`` and on Python's ``pydoc_data.topics``. Embeddings are compressed too, unless ``--linears`` leaves
+them out. The table is kept in ``results/calibrated_encoder.txt``.
 """
 
 from __future__ import annotations
@@ -64,6 +64,12 @@ def main() -> None:
         default=[2.0, 2.2, 2.6, 3.1, 3.6, 4.2],
         help="bits at which to compress without a trellis, too",
     )
+    parser.add_argument("--structure", default="auto", help="grid alone takes less time")
+    parser.add_argument(
+        "--scalar-structure", default="auto", help="without a trellis; pgd is the grid with a dead zone"
+    )
+    parser.add_argument("--linears", action="store_true", help="leave the embeddings as they are")
+    parser.add_argument("--one-pass", action="store_true", help="sequential=False, which takes less time")
     parser.add_argument("--samples", type=int, default=384)
     parser.add_argument("--statistics", type=Path, help="file to keep the statistics in, or to take them from")
     parser.add_argument("--keep", type=Path, default=KEPT)
@@ -76,8 +82,14 @@ def main() -> None:
     before = [embed(model, tokenizer, some) for some in texts]
 
     started = time.monotonic()
-    data = args.calibration.read_text("utf-8").splitlines()
-    config = SQFConfig(dataset=data, tokenizer=tokenizer, samples=args.samples, context=256)
+    data: dict[str, object] = {
+        "dataset": args.calibration.read_text("utf-8").splitlines(),
+        "tokenizer": tokenizer,
+        "samples": args.samples,
+        "context": 256,
+        "sequential": not args.one_pass,
+    }
+    config = SQFConfig(**data)
     if args.statistics is not None and args.statistics.exists():
         config = SQFConfig(statistics=args.statistics)
     statistics = measure(model, find_targets(model, config)[0], config)
@@ -86,7 +98,10 @@ def main() -> None:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "numba"))
     packages = f"hf_sqf {hf_sqf.__version__}, {packages}"
     lines = [
-        f"{args.model.rstrip('/').split('/')[-1]}: cosine to the original's mean-pooled embeddings.",
+        f"{args.model.rstrip('/').split('/')[-1]}: cosine to the original's mean-pooled embeddings; "
+        f"{'linear layers of the blocks' if args.linears else 'all weights'}, "
+        f"{'one pass' if args.one_pass else 'in sequence'}, structure {args.structure}, "
+        f"scalar {args.scalar_structure}.",
         f"{len(texts[0])} held-out paragraphs of the calibration's kind, {len(texts[1])} of pydoc_data.topics.",
         f"Calibrated on {args.samples} paragraphs in {time.monotonic() - started:.0f} s. {date.today()}, "
         f"Python {platform.python_version()}, {packages}, {platform.machine()}",
@@ -98,9 +113,9 @@ def main() -> None:
     curves: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
     for bits, trellis in [(bits, True) for bits in args.bits] + [(bits, False) for bits in args.scalar]:
         started = time.monotonic()
-        options = {} if trellis else {"trellis": None}
-        config = SQFConfig(bits=bits, statistics=statistics, **options)
-        model = compress(AutoModel.from_pretrained(args.model).eval(), config)
+        rounding = {"structure": args.structure} if trellis else {"structure": args.scalar_structure, "trellis": None}
+        options = {"bits": bits, "statistics": statistics, "include_embeddings": not args.linears, **rounding}
+        model = compress(AutoModel.from_pretrained(args.model).eval(), SQFConfig(**{**data, **options}))
         seconds = time.monotonic() - started
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)

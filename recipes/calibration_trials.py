@@ -4,15 +4,19 @@
 
 Every variant rounds all block linears with one noise step c, at two values of it; bits are the codec's ideal lengths,
 and the divergence is interpolated (its logarithm, over bits) to ``--bits``. Texts are those of ``calibrated_lm.py``, of
-which a few thousand tokens suffice to compare. The table is kept in ``results/calibration_trials.txt``.
+which a few thousand tokens suffice to compare. In sequence, half of the data is run, as it is by default. The table is
+kept in ``results/calibration_trials.txt``.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -22,14 +26,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_sqf import SQFConfig
-from hf_sqf.compress.collect import measure
+from hf_sqf.compress.blocks import Batch
+from hf_sqf.compress.calibration_data import Calibration
+from hf_sqf.compress.collect import data_for, measure
 from hf_sqf.compress.dependent import solve_dependent
+from hf_sqf.compress.factorize import solve
 from hf_sqf.compress.grid import grid_scales
 from hf_sqf.compress.metric import Metric
 from hf_sqf.compress.rate import term_bits
 from hf_sqf.compress.rounding import ColumnRounder, nearest, round_in_metric
+from hf_sqf.compress.sequential import Sequential
 from hf_sqf.compress.statistics import Statistics
 from hf_sqf.compress.targets import find_targets
+from hf_sqf.runtime.sqf_container import pack
 
 KEPT = Path(__file__).parent / "results" / "calibration_trials.txt"
 Rounding = Callable[[Tensor, Metric, float], tuple[Tensor, float]]
@@ -106,11 +115,19 @@ def one_row(statistics: Statistics) -> Statistics:
 
 @dataclass(frozen=True)
 class Trial:
-    """A variant: its name, its statistics (by name), how weights are rounded."""
+    """A variant.
+
+    Attributes:
+        name: what is printed.
+        statistics: their name.
+        rounding: of a weight, in one pass.
+        share: in sequence instead, and so much of the step that makes up for what came before.
+    """
 
     name: str
     statistics: str
     rounding: Rounding = scalar
+    share: float | None = None
 
 
 TRIALS = (
@@ -126,11 +143,15 @@ TRIALS = (
     Trial("both, least squares after rounding", "both", least_squares),
     Trial("both, trellis of 8 states", "both", trellis(8)),
     Trial("both, trellis of 64 states", "both", trellis(64)),
+    Trial("both, in sequence, inputs alone", "both", share=0.0),
+    Trial("both, in sequence, a quarter step", "both", share=0.25),
+    Trial("both, in sequence, half a step", "both", share=0.5),
+    Trial("both, in sequence, 3/4 of a step", "both", share=0.75),
 )
 
 
 def apply(model: PreTrainedModel, weights: Mapping[str, Tensor], found: Statistics, trial: Trial, step: float) -> float:
-    """Round a model's block linears, whose weights are given; return bits per weight."""
+    """Round a model's block linears, whose weights are given, in one pass; return bits per weight."""
     bits, linears = 0.0, block_linears(model)
     for name, weight in weights.items():
         (metric,) = found.metrics(f"{name}.weight", [weight])
@@ -138,6 +159,28 @@ def apply(model: PreTrainedModel, weights: Mapping[str, Tensor], found: Statisti
         linears[name].weight.data.copy_(dense)
         bits += cost
     return bits / sum(weight.numel() for weight in weights.values())
+
+
+def apply_in_sequence(
+    model: PreTrainedModel, found: Statistics, batches: Sequence[Batch], share: float, step: float
+) -> float:
+    """Round a model's block linears, each on what those before it give; return bits per weight."""
+    bits, dense = 0.0, {}
+    targets = find_targets(model, SQFConfig(include_embeddings=False))[0]
+    with Sequential(model, targets, found, batches, share) as sequence:
+        for stage in sequence.stages:
+            sequence.enter(stage)
+            packed = {}
+            for target in stage.targets:
+                (weight,), (metric,) = sequence.problem(target)
+                solution = solve(weight, metric, step / found.typical**0.5, "grid")
+                packed[target.name] = pack([solution.factors], target.name)
+                dense[target] = solution.factors.dense()
+                bits += solution.bits
+            sequence.leave(stage.targets, packed)
+    for target, value in dense.items():
+        target.parameter.data.copy_(value)
+    return bits / sum(target.parameter.numel() for target in targets)
 
 
 def main() -> None:
@@ -161,21 +204,31 @@ def main() -> None:
     measures = [Divergence(model, cut(text, tokenizer, 512, args.tokens)) for text in texts]
 
     known: dict[str, Statistics] = {}
+    calibration: Calibration | None = None
     data = {"dataset": [args.calibration.read_text("utf-8")], "tokenizer": tokenizer, "samples": args.samples}
     sources = {"given": data | {"own_text": False}, "own": data | {"dataset": "self"}, "both": data}
     for name, options in sources.items():
         path = args.statistics / f"{name}.safetensors" if args.statistics else None
+        calibration = data_for(model, SQFConfig(**options))  # in the end, that of the default
         config = SQFConfig(statistics=path) if path is not None and path.exists() else SQFConfig(**options)
-        measured = measure(model, find_targets(model, config)[0], config)
+        measured = measure(model, find_targets(model, config)[0], config, calibration)
         assert measured is not None
         if path is not None and not path.exists():
             measured.save(path)
         known[name] = measured
+    assert calibration is not None
     known |= {"constant": shrunk(known["both"], 0.03, 0.3), "none": shrunk(known["both"], 1e-4, 0.0)}
     known["rows"] = one_row(known["both"])
 
     header = f"{'':<38}{'bits':>7}{'same kind':>11}{'other':>9}{'bits':>8}{'same kind':>11}{'other':>9}"
-    lines = [f"KL divergence, nats per token, at two steps, and interpolated to {args.bits} bits.", "", header]
+    packages = ", ".join(f"{name} {version(name)}" for name in ("hf_sqf", "torch", "transformers", "numba"))
+    lines = [
+        f"{args.model.rstrip('/').split('/')[-1]}, scalar rounding but for the rows of a trellis; {args.tokens} tokens "
+        f"of each text. {date.today()}, {packages}, {platform.machine()}",
+        f"KL divergence, nats per token, at two steps, and interpolated to {args.bits} bits.",
+        "",
+        header,
+    ]
     lines[-1] += f"{f'at {args.bits}:':>10}{'other':>9}"
     print("\n".join(lines), flush=True)
     for trial in TRIALS:
@@ -183,7 +236,12 @@ def main() -> None:
             continue
         row, points = f"{trial.name:<38}", []
         for step in (2.2e-4, 1.5e-4):
-            bits = apply(model, weights, known[trial.statistics], trial, step)
+            if trial.share is None:
+                bits = apply(model, weights, known[trial.statistics], trial, step)
+            else:
+                for name, linear in block_linears(model).items():
+                    linear.weight.data.copy_(weights[name])
+                bits = apply_in_sequence(model, known[trial.statistics], calibration.batches, trial.share, step)
             points.append((bits, [measure.of(model) for measure in measures]))
             row += f"{bits:>{7 if step > 2e-4 else 8}.3f}{points[-1][1][0]:>11.4f}{points[-1][1][1]:>9.4f}"
         for k, width in enumerate((10, 9)):

@@ -30,6 +30,7 @@ EVERY, LEAST = 2, 8
 """Of calibration in sequence: one input of so many is used, but so many at least."""
 _MASKED = 0.15  # share of masked tokens, as masked language models are trained
 _WRITTEN = 256  # tokens of a text that the model writes, at most: generation slows down as texts grow
+_TOGETHER = 16  # texts that it writes at a time: the keys and values of each stay in memory
 _LOOK = 8  # texts are read until there are so many times the tokens that are wanted
 _LIBRARY = ("argparse", "collections", "csv", "datetime", "decimal", "difflib", "email", "fractions", "http", "imaplib",
             "json", "logging", "mailbox", "pathlib", "random", "sched", "shutil", "statistics", "string", "tarfile",
@@ -148,14 +149,17 @@ def encode(
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: int, context: int, seed: int) -> Tensor:
     """Let a model write: token ids (samples, context), drawn from its own distribution, from the first token on."""
     first = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    written = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model.generate(  # type: ignore[operator]
-            torch.full((samples, 1), first, device=model.device),
-            attention_mask=torch.ones(samples, 1, dtype=torch.long, device=model.device),
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-            min_new_tokens=context - 1, max_new_tokens=context - 1,
-        )  # fmt: skip
+        for starts in torch.full((samples, 1), first, device=model.device).split(_TOGETHER):
+            written.append(model.generate(  # type: ignore[operator]
+                starts,
+                attention_mask=torch.ones_like(starts),
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+                min_new_tokens=context - 1, max_new_tokens=context - 1,
+            ))  # fmt: skip
+    return torch.cat(written)
 
 
 def library_text() -> Iterator[str]:

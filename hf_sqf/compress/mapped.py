@@ -60,3 +60,17 @@ def release_module(module: nn.Module) -> None:
     for p in module.parameters():
         release(p)
     trim()
+
+
+class Turns:
+    """Has blocks take turns: the mapped pages of a block's weights are given back as soon as another one runs."""
+
+    def __init__(self) -> None:
+        self._last: nn.Module | None = None
+
+    def take(self, block: nn.Module) -> None:
+        """Say that a block is about to run."""
+        if self._last is not None and self._last is not block:
+            for p in self._last.parameters():
+                release(p)
+        self._last = block

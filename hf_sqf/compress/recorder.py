@@ -12,7 +12,7 @@ and g^2 says how much of the gradient's energy reaches each row.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
@@ -26,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+
+from .mapped import Turns
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ROWS = 64
@@ -215,11 +217,22 @@ def _begin_graph(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) ->
     return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
 
 
+def recomputed(turns: Turns, block: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
+    """Run a block's forward such that the way back runs it again; each time it takes its turn."""
+
+    def run(*args: Any) -> Any:  # noqa: ANN401
+        turns.take(block)
+        return forward(*args)
+
+    return checkpoint(run, *args, use_reentrant=False)
+
+
 @contextmanager
 def measuring(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into the state to be measured in, and back: evaluation, frozen weights, recomputed activations.
 
-    With its weights frozen, gradients begin where tables are looked up.
+    With its weights frozen, gradients begin where tables are looked up. Of weights that are mapped from a file, those
+    of one block are in memory at a time, forth and back.
     """
     was_training = model.training
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
@@ -238,9 +251,10 @@ def measuring(model: PreTrainedModel) -> Iterator[None]:
     layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
     before = [(m.gradient_checkpointing, getattr(m, "_gradient_checkpointing_func", None)) for m in layers]
     tables = [m.register_forward_hook(_begin_graph) for m in model.modules() if isinstance(m, nn.Embedding)]
+    turns = Turns()
     for layer in layers:  # only the layer itself is told that it trains: what lies in it (dropout) is not
         layer.gradient_checkpointing, layer.training = True, True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = partial(recomputed, turns, layer)  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -78,6 +78,7 @@ class Sequential:
         targets: the weights to be compressed.
         statistics: of the original.
         batches: the calibration data.
+        share: of the step to W*.
 
     Attributes:
         outside: weights that belong to no stage. They must be compressed first.
@@ -86,10 +87,15 @@ class Sequential:
     """
 
     def __init__(
-        self, model: PreTrainedModel, targets: Sequence[Target], statistics: Statistics, batches: Sequence[Batch]
+        self,
+        model: PreTrainedModel,
+        targets: Sequence[Target],
+        statistics: Statistics,
+        batches: Sequence[Batch],
+        share: float = SHARE,
     ) -> None:
         self._model, self._statistics, self._batches = model, statistics, thinned(batches)
-        self._ranks, self._moments = Ranks.here(), FileMoments()
+        self._share, self._ranks, self._moments = share, Ranks.here(), FileMoments()
         self._decoded: dict[nn.Parameter, Tensor] = {}
         self._reached = 0  # the data has been through so many blocks
         self._done: set[int] = set()  # blocks that the original's data has been through
@@ -191,7 +197,7 @@ class Sequential:
             return weight, metric
         drift = weight.double() @ ((1.0 - share) * self._moments[key + _DRIFT].double())
         step = torch.cholesky_solve(drift.T, metric.cholesky()).T
-        return (weight.double() + SHARE * step).to(weight.dtype), metric
+        return (weight.double() + self._share * step).to(weight.dtype), metric
 
     def _measure(self, recorder: Recorder | Sums, run: Callable[[int, Batch], int]) -> Sums:
         return measure_all(recorder, self._ranks, (self._batches, ()), run, lambda count: None)

@@ -234,4 +234,5 @@ def fingerprint(model: nn.Module) -> str:
     for name, p in model.named_parameters():
         some = p.detach().reshape(-1)[:: max(1, p.numel() // 16)].float().cpu()
         digest.update(f"{name}{tuple(p.shape)}".encode() + some.numpy().tobytes())
+        release(p)  # systems map far more about a page than was read
     return digest.hexdigest()

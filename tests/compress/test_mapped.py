@@ -1,12 +1,17 @@
 """Memory that is given back while a model is compressed."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_sqf.compress.mapped import release
+from hf_sqf.compress.mapped import Turns, release
+from hf_sqf.compress.recorder import recomputed
 
 SMAPS = Path("/proc/self/smaps")
 
@@ -37,3 +42,42 @@ def test_what_is_not_mapped_is_left_alone():
     tensor = torch.arange(1 << 16)
     release(tensor)
     assert torch.equal(tensor, torch.arange(1 << 16))
+
+
+class Block(GradientCheckpointingLayer):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.gradient_checkpointing = True
+
+    def forward(self, x):
+        return torch.tanh(x @ self.weight.T)
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
+def test_one_block_at_a_time_is_in_memory_forth_and_back(tmp_path):
+    path, size = tmp_path / "blocks.safetensors", 512
+    weights = {str(i): torch.randn(size, size, generator=torch.Generator().manual_seed(i)) / 16 for i in range(8)}
+    save_file(weights, path)
+    blocks = [Block(weight) for weight in load_file(path).values()]
+    most = []
+
+    def most_in_memory(function):
+        most = []
+        for block in blocks:
+            block._gradient_checkpointing_func = partial(function, block)
+            release(block.weight)
+        x = h = torch.ones(4, size, requires_grad=True)
+        for block in blocks:
+            h = block(h)
+            h.register_hook(lambda gradient: most.append(resident(path)))
+            most.append(resident(path))
+        (gradient,) = torch.autograd.grad(h.sum(), x)
+        assert len(most) == 16
+        return gradient, max(most)
+
+    expected, most = most_in_memory(lambda block, *args: checkpoint(*args, use_reentrant=False))
+    assert most >= 8 * 1024  # kilobytes: a weight takes 1024
+    found, most = most_in_memory(partial(recomputed, Turns()))
+    assert torch.equal(found, expected)
+    assert most < 3 * 1024  # this block's, and of the next one what the system reads ahead
