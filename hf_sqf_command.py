@@ -81,6 +81,15 @@ Texts = Annotated[
         help="Texts, one a line, or .jsonl with a field text. Without: prose that comes with Python.",
     ),
 ]
+Labels = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="Field of a .jsonl that holds classes: adds accuracies.")
+]
+Inputs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COLUMN", help="With --labels: field of texts or of paths of pictures.", show_default="text or image"
+    ),
+]
 Samples = Annotated[int | None, typer.Option(min=1, show_default="all", help="Texts to measure on, evenly spread.")]
 Context = Annotated[int | None, typer.Option(min=2, show_default="128", help="Tokens of each text.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", exists=True, file_okay=False, help="A compressed model.")]
@@ -280,18 +289,22 @@ def evaluate(
     dataset: Texts = None,
     samples: Samples = None,
     context: Context = None,
+    labels: Labels = None,
+    inputs: Inputs = None,
     record: Annotated[bool, typer.Option("--record", help="Write the result into config.json and the card.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure how far a compressed model lies from its original.
 
-    KL divergence, perplexity and equal predictions of models that predict; cosine of outputs of others.
+    KL divergence, perplexity and equal predictions of models that predict; cosine of outputs of others. With --labels,
+    the accuracy of a classifier, too.
 
     \b
     hf-sqf evaluate small --against org/model --dataset held-out.txt
+    hf-sqf evaluate small --against org/classifier --dataset held-out.jsonl --labels label --inputs sentence
     hf-sqf evaluate small --against ./model --context 512 --record
     """
-    _measure(ctx, [model], against, dataset, samples, context, record, as_json)
+    _measure(ctx, [model], against, dataset, samples, context, labels, inputs, record, as_json)
 
 
 @app.command()
@@ -302,6 +315,8 @@ def compare(
     dataset: Texts = None,
     samples: Samples = None,
     context: Context = None,
+    labels: Labels = None,
+    inputs: Inputs = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png|svg", help="Draw size against quality (takes matplotlib).")
     ] = None,
@@ -312,7 +327,7 @@ def compare(
     \b
     hf-sqf compare small-4 small-3 small-2 --against org/model --dataset held-out.txt --plot sizes.svg
     """
-    _measure(ctx, models, against, dataset, samples, context, False, as_json, plot)
+    _measure(ctx, models, against, dataset, samples, context, labels, inputs, False, as_json, plot)
 
 
 def _measure(
@@ -322,18 +337,26 @@ def _measure(
     dataset: Path | None,
     samples: int | None,
     context: int | None,
+    labels: str | None,
+    inputs: str | None,
     record: bool,
     as_json: bool,
     plot: Path | None = None,
 ) -> None:
-    if samples is not None and dataset is None:
-        raise typer.BadParameter("--samples are taken from --dataset, which is missing")
+    for name, given in (("--samples are", samples), ("--labels are", labels)):
+        if given is not None and dataset is None:
+            raise typer.BadParameter(f"{name} taken from --dataset, which is missing")
+    if inputs is not None and labels is None:
+        raise typer.BadParameter("--inputs go with --labels, which is missing")
     from hf_sqf.cli import measuring, showing
+    from hf_sqf.cli.labelled import Labelled
     from hf_sqf.report import plots
 
     if plot is not None:
         plots.refuse_plot(plot)
-    rows = measuring.evaluate(models, against, dataset, samples, context, record)
+    labelled = None if labels is None else Labelled(str(dataset), labels, inputs)
+    texts = dataset if labelled is None else None
+    rows = measuring.evaluate(models, against, texts, samples, context, record, labelled)
     if plot is not None:
         plots.save(plots.size_against_quality([plots.models(rows)], rows[0]["metric"]), plot)
     give(rows) if as_json else showing.show_rows(showing.console(ctx.obj.quiet), rows)

@@ -17,6 +17,7 @@ from ..hub.checking import CONTEXT, check, tokenizer_of
 from ..hub.fetching import folder_of
 from ..runtime.sqf_size import file_bytes
 from .folders import whole_file
+from .labelled import Labelled
 from .originals import auto_class_for, card_of, ordinary_config
 from .texts import read_texts
 
@@ -31,6 +32,7 @@ def evaluate(
     samples: int | None = None,
     context: int | None = None,
     record: bool = False,
+    labelled: Labelled | None = None,
 ) -> list[Row]:
     """Measure how far compressed models lie from the original that they were all made from.
 
@@ -42,9 +44,10 @@ def evaluate(
         samples: how many of the texts, evenly spread; by default all.
         context: tokens of each text.
         record: write the result into each folder's config.json and card.
+        labelled: data with classes, in place of texts: the first ``samples`` of it. Adds accuracies.
 
     Raises:
-        ValueError: one of them is not compressed, the original is, or an output is not finite.
+        ValueError: one of them is not compressed, the original is, an output is not finite, or labels do not fit.
     """
     models = list(models)
     if record and (repos := [model for model in models if not Path(model).is_dir()]):
@@ -54,6 +57,8 @@ def evaluate(
     if texts is not None and samples is not None:
         texts = spread(texts, samples)
     name = None if dataset is None else dataset.name
+    if labelled is not None:
+        name = Path(labelled.dataset).name if Path(labelled.dataset).is_file() else labelled.dataset
     originals: dict[tuple[type, str], PreTrainedModel] = {}
     rows = []
     for model in models:
@@ -64,7 +69,9 @@ def evaluate(
         if key not in originals:
             originals[key] = native.from_pretrained(against, dtype=compressed.dtype)
         tokenizer = tokenizer_of(against, local_files_only=False) or tokenizer_of(str(folder))
-        found = check(compressed, originals[key], texts, tokenizer, name=name, context=context or CONTEXT)
+        length = context or CONTEXT
+        inputs = None if labelled is None else labelled.batches(originals[key], against, samples, length)
+        found = check(compressed, originals[key], texts, tokenizer, inputs, name=name, context=length)
         if record:
             record_fidelity(folder, found, card_of(beside_weights(against)))
         bits = compressed.config.quantization_config.coverage["bits"]

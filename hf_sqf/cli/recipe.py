@@ -21,6 +21,7 @@ from ..hub.card import package_version
 from ..runtime.sqf_config import SQFConfig
 from .compressing import compress, sqf_config
 from .folders import refuse_overwriting, whole_file
+from .labelled import Labelled
 from .measuring import Row, evaluate
 from .originals import auto_class_for, ordinary_config
 from .showing import markdown
@@ -33,7 +34,8 @@ _OPTIONS = {f.name for f in fields(SQFConfig)} - {
     "format_version",
     "statistics",
 }
-_EVALUATION = {"dataset", "samples", "context"}
+_EVALUATION = {"dataset", "samples", "context", "labels", "inputs", "split"}
+_LABELLED = {f.name for f in fields(Labelled)}
 _TRAINING = {f.name for f in fields(Training)}
 _DONE = "done.json"
 _PACKAGES = ("torch", "transformers", "numba")
@@ -50,7 +52,8 @@ class Recipe:
             SQFConfig, ``from``, the name of one above, and ``train``, the fields of a
             :class:`hf_sqf.cli.tuning.Training`: that model, its factors trained.
         evaluations: each ``dataset`` (a file of texts; without, prose that comes with Python), ``samples`` and
-            ``context``. The first is written into the cards.
+            ``context``. With ``labels``, the fields of a :class:`hf_sqf.cli.labelled.Labelled`, too, which tell
+            accuracies; the split is ``validation`` unless it is named. The first is written into the cards.
         dataset: calibration data of all compressions that name none: a file, an id on the Hub, or ``self``.
         dtype: that the weights are loaded in.
         auto_class: that loads the model; by default told from its config.
@@ -71,6 +74,7 @@ class Recipe:
                 raise ValueError(f"{name} must be a list of options, got {entries!r:.60}")
             for entry in entries:
                 _refuse_unknown(entry, known, f"{name} of a recipe")
+        self._check_labels()
         for name in ("model", "out", "dtype"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
@@ -87,6 +91,13 @@ class Recipe:
                 raise ValueError(f"{names[number]}: from must name a compression above, got {entry['from']!r}")
             if "train" in entry:
                 self.training(entry)
+
+    def _check_labels(self) -> None:
+        for entry in self.evaluations:
+            if "labels" in entry and not isinstance(entry.get("dataset"), str):
+                raise ValueError("evaluations: labels are those of a dataset, which is missing")
+            if "labels" not in entry and entry.keys() & {"inputs", "split"}:
+                raise ValueError("evaluations: inputs and split go with labels")
 
     def names(self) -> list[str]:
         """Return the name of each compression, which is that of its folder."""
@@ -201,8 +212,12 @@ def run(recipe: Recipe, force: bool = False) -> list[Row]:
         key = json.dumps([asked, _hash(file), number == 0], sort_keys=True)
         for name in settings:  # one at a time, so that each is kept
             if (row := done.row(name, key)) is None:
-                options = None if file is None else Path(file), asked.get("samples"), asked.get("context")
-                (row,) = evaluate([str(out / name)], recipe.model, *options, record=number == 0)
+                labelled = None
+                if "labels" in asked:
+                    labelled = Labelled(**{"split": "validation"} | {k: asked[k] for k in _LABELLED & asked.keys()})
+                texts = Path(file) if file is not None and labelled is None else None
+                options = texts, asked.get("samples"), asked.get("context"), number == 0, labelled
+                (row,) = evaluate([str(out / name)], recipe.model, *options)
                 row["model"] = name
                 done.keep_row(name, key, row)
             rows.append(row)

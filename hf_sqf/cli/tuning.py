@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..hub.checking import tokenizer_of
 from ..training.callback import MODES, SQFCallback
 from ..training.distillation import distillation_loss
 from .folders import whole_folder
+from .labelled import Labelled
 from .measuring import load_compressed
 from .originals import card_of
 from .texts import calibration_texts
@@ -37,7 +37,7 @@ class Training:
         dataset: a file of texts, the id of a data set on the Hub, or ``self``, as for calibration. With ``labels``: a
             ``.jsonl`` file or an id.
         labels: the column of the data that holds classes. Without, the original is the teacher.
-        texts: the column that holds texts, with ``labels``.
+        inputs: the column that holds texts or pictures, with ``labels``; None for ``text`` or ``image``.
     """
 
     steps: int = 100
@@ -48,7 +48,7 @@ class Training:
     samples: int = 256
     dataset: str = SELF
     labels: str | None = None
-    texts: str = "text"
+    inputs: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "context", "samples"):
@@ -73,23 +73,24 @@ def tune(folder: Path, out: Path, original: str, training: Training) -> None:
         training: what is asked for.
 
     Raises:
-        ValueError: the model has no tokenizer, or the data lacks a column.
+        ValueError: the model has no tokenizer and there are no labels, or the data does not fit.
         FileNotFoundError: there is no such file of data.
     """
     model = load_compressed(folder)
     tokenizer = tokenizer_of(original, local_files_only=False)
-    if tokenizer is None:
-        raise ValueError(f"train: no tokenizer comes with {original}; models without texts are trained in Python")
-    if tokenizer.pad_token is None:
+    if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     native = getattr(type(model), "sqf_native", type(model))
     loss = None
-    if training.labels is None:
+    if training.labels is not None:
+        data = Labelled(training.dataset, training.labels, training.inputs)
+        rows = data.examples(model, original, training.samples, training.context)
+    elif tokenizer is None:
+        raise ValueError(f"train: no tokenizer comes with {original}; without texts, training takes labels")
+    else:
         teacher = native.from_pretrained(original, dtype=model.dtype)
         rows = _texts(teacher, tokenizer, training)
         loss = distillation_loss(teacher)
-    else:
-        rows = _labelled(tokenizer, training)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             scratch, max_steps=training.steps, learning_rate=training.learning_rate, lr_scheduler_type="cosine",
@@ -115,24 +116,3 @@ def _texts(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trainin
     )
     batches = [*found.batches, *found.held_out]
     return [{name: ids[i] for name, ids in b.items()} for b in batches for i in range(len(b["input_ids"]))]
-
-
-def _labelled(tokenizer: PreTrainedTokenizerBase, training: Training) -> list[dict[str, Any]]:
-    file = Path(training.dataset)
-    entries: Any
-    if file.suffix == ".jsonl":
-        entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        calibration_texts(training.dataset)  # says what is missing to load it
-        import datasets
-
-        entries = datasets.load_dataset(training.dataset, split="train")
-    rows: list[dict[str, Any]] = []
-    for entry in entries:
-        if len(rows) == training.samples:
-            break
-        if missing := [name for name in (training.texts, training.labels) if name not in entry]:
-            raise ValueError(f"train: {training.dataset} has no column {missing[0]}; it has {', '.join(entry)}")
-        encoded = tokenizer(entry[training.texts], truncation=True, max_length=training.context)
-        rows.append({**encoded, "labels": entry[str(training.labels)]})
-    return rows

@@ -23,6 +23,8 @@ HEADINGS = {
     "agreement": {"kl": "top-1 agreement"},
     "perplexity": {"kl": "perplexity"},
     "original_perplexity": {"kl": "original's"},
+    "accuracy": {"kl": "accuracy"},
+    "original_accuracy": {"kl": "original's accuracy"},
 }
 """Figure of a fidelity check -> metric -> heading."""
 _SPOKEN = 32  # tokens of a decoder
@@ -88,25 +90,32 @@ def compare(model: PreTrainedModel, original: PreTrainedModel, batches: Iterable
     Args:
         model: the compressed one.
         original: what it was made from.
-        batches: inputs of both.
+        batches: inputs of both. Where they have ``labels`` (batch,), these are the classes that are right; the models
+            do not see them.
 
     Returns:
         For models that give logits: ``metric`` "kl", ``value``, the mean of KL(original || model) per prediction in
         nats, ``worst``, its largest mean over one input, ``agreement``, the share of predictions whose most likely
         class is the same, ``count`` of predictions; for causal language models also ``perplexity`` and
-        ``original_perplexity`` of the next tokens. For others: ``metric`` "cosine", ``value``, the mean cosine of
-        the outputs (hidden states averaged over tokens), ``worst``, the smallest, ``count`` of inputs.
+        ``original_perplexity`` of the next tokens; with labels ``accuracy`` and ``original_accuracy``. For others:
+        ``metric`` "cosine", ``value``, the mean cosine of the outputs (hidden states averaged over tokens), ``worst``,
+        the smallest, ``count`` of inputs.
 
     Raises:
-        ValueError: an output is not finite, or there are no inputs.
+        ValueError: an output is not finite, there are no inputs, or labels come without one prediction each.
     """
     modes = model.training, original.training
     model.eval(), original.eval()
     sums = Sums(causal=original.can_generate() and not original.config.is_encoder_decoder)
     # A bar after two seconds, with the time left where the number of batches is known.
     for batch in transformers_logging.tqdm(batches, desc="Comparing with the original", delay=2.0):
-        outputs = [m(**{name: t.to(m.device) for name, t in batch.items()}) for m in (original, model)]
+        labels = batch.get("labels")
+        given = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        outputs = [m(**{name: t.to(m.device) for name, t in given.items()}) for m in (original, model)]
         mask = batch.get("attention_mask")
+        if labels is not None:
+            p, q = (o["logits"].float().cpu() if "logits" in o else None for o in outputs)
+            sums.add_labels(p, q, labels.cpu())
         if "logits" in outputs[0]:
             for row in range(outputs[0].logits.shape[0]):
                 p, q = (o.logits[row].reshape(-1, o.logits.shape[-1]).float().cpu() for o in outputs)
@@ -140,6 +149,8 @@ class Sums:
         self.agreed = 0
         self.losses = [0.0, 0.0]
         self.tokens = 0
+        self.right = [0, 0]
+        self.labelled = 0
 
     def add_logits(self, p: Tensor, q: Tensor, tokens: Tensor | None) -> None:
         """Take float32 (predictions, classes) of one input, p the original's; tokens: (predictions,)."""
@@ -157,6 +168,18 @@ class Sums:
     def add_vectors(self, p: Tensor, q: Tensor) -> None:
         """Take float32 (inputs, dim) of a batch."""
         self.cosine.append(F.cosine_similarity(p, q, dim=-1))
+
+    def add_labels(self, p: Tensor | None, q: Tensor | None, labels: Tensor) -> None:
+        """Take the logits (inputs, classes) of a batch, p the original's, and the classes that are right (inputs,).
+
+        Raises:
+            ValueError: there is not one prediction for each input.
+        """
+        if p is None or q is None or p.dim() != 2:
+            raise ValueError("labels are classes of inputs, and the model does not predict one for each input")
+        for index, logits in enumerate((p, q)):
+            self.right[index] += int((logits.argmax(-1) == labels).sum())
+        self.labelled += len(labels)
 
     def perplexities(self) -> tuple[float, float]:
         """Return the original's and the model's perplexity of the next tokens, e^700 at most.
@@ -189,4 +212,7 @@ class Sums:
         if self.tokens:
             original, own = self.perplexities()
             found |= {"perplexity": round(own, 4), "original_perplexity": round(original, 4)}
+        if self.labelled:
+            original, own = (round(right / self.labelled, 6) for right in self.right)
+            found |= {"accuracy": own, "original_accuracy": original}
         return found

@@ -62,6 +62,10 @@ def test_shipped_recipes_run(recipe: Path, original: Path, typed, tmp_path: Path
     said = yaml.safe_load(recipe.read_text())
     words = [{"sentence": "the a of and"[: 3 + i % 9], "label": i % 2} for i in range(16)]
     (tmp_path / "labelled.jsonl").write_text("\n".join(map(json.dumps, words)))
+    said["evaluations"] = said.get("evaluations", [{}])
+    for entry in said["evaluations"]:
+        if "labels" in entry:
+            entry["dataset"] = "labelled.jsonl"
     for entry in said["compressions"]:
         if "train" in entry:
             entry["train"] = {**entry["train"], "steps": 2, "batch": 2}
@@ -73,7 +77,9 @@ def test_shipped_recipes_run(recipe: Path, original: Path, typed, tmp_path: Path
     rows = json.loads(typed(*arguments, "--json").stdout)
     plain = [f"{entry['bits']}-bit" for entry in said["compressions"] if "bits" in entry]
     trained = [f"{entry['from']}-trained" for entry in said["compressions"] if "from" in entry]
-    assert [row["model"] for row in rows] == plain + trained
+    assert [row["model"] for row in rows] == (plain + trained) * len(said["evaluations"])
+    for row, entry in zip(rows[:: len(plain + trained)], said["evaluations"], strict=True):
+        assert ("accuracy" in row) == ("labels" in entry)
     values = [row["value"] for row in rows[: len(plain)]]
     nearest, *_, furthest = values if rows[0]["metric"] == "kl" else values[::-1]
     assert nearest < furthest  # the most bits, and the least
@@ -83,7 +89,7 @@ def test_shipped_recipes_run(recipe: Path, original: Path, typed, tmp_path: Path
     table = (out / "table.md").read_text()
     assert table.count("\n| ") == len(rows) + 2 and kept["made"] in table
     cards = sorted(path.stem for path in (out / "cards").iterdir())
-    assert cards == sorted(row["model"] for row in rows)
+    assert cards == sorted(plain + trained)
     assert all("Not measured" not in card.read_text() for card in (out / "cards").iterdir())
 
 
@@ -194,6 +200,8 @@ BAD = [
     (GOOD | {"modle": "x"}, "unknown key modle"),
     (GOOD | {"compressions": [{"bit": 4}]}, "compressions of a recipe: unknown key bit"),
     (GOOD | {"evaluations": [{"contxt": 4}]}, "evaluations of a recipe: unknown key contxt"),
+    (GOOD | {"evaluations": [{"labels": "label"}]}, "labels are those of a dataset, which is missing"),
+    (GOOD | {"evaluations": [{"dataset": "a.txt", "inputs": "text"}]}, "inputs and split go with labels"),
     ({"out": "results"}, "lacks model, compressions"),
     (GOOD | {"compressions": []}, "compressions must be a list"),
     (GOOD | {"compressions": [{"bits": 4}, {"bits": 4, "structure": "grid"}]}, "need different names"),
