@@ -144,9 +144,9 @@ TRIALS = (
     Trial("both, trellis of 8 states", "both", trellis(8)),
     Trial("both, trellis of 64 states", "both", trellis(64)),
     Trial("both, in sequence, inputs alone", "both", share=0.0),
-    Trial("both, in sequence, a quarter step", "both", share=0.25),
     Trial("both, in sequence, half a step", "both", share=0.5),
     Trial("both, in sequence, 3/4 of a step", "both", share=0.75),
+    Trial("both, in sequence, a quarter step", "both", share=0.25),
 )
 
 

@@ -4,8 +4,13 @@
 
 Makes a sharded Llama checkpoint of random bfloat16 weights for each size in a temporary folder, compresses it by
 ``compress_checkpoint`` in a fresh process, and deletes both. Memory is the most that the process ever held above its
-imports, by the system's figures, pages of mapped files included. Writes ``results/scale.{txt,json,png}``, with a
-straight line through the sizes extrapolated to 70 billion. Linux only.
+imports, by the system's figures, pages of mapped files included. Writes ``results/scale.{txt,json,png}``. Linux only.
+
+What 70 billion parameters would take is extrapolated by two straight lines. Time goes with the number of parameters:
+every weight is read twice (once to learn what its bits cost, once to be solved), and the cost of both goes with its
+entries; without data there are no matrices to be factorized, whose cost would grow faster. Memory goes with the largest
+weight, not with the model: weights are solved side by side only as long as they are no larger together than the
+largest, and results wait on disk. The largest of a model of that size is its table of embeddings.
 """
 
 from __future__ import annotations
@@ -31,6 +36,9 @@ KEPT = Path(__file__).parent / "results" / "scale"
 SHARD = 1 << 30
 WIDTHS = {0.1: (768, 12), 0.3: (1024, 22), 1.0: (2048, 20), 3.0: (3072, 26)}
 """Billions of parameters -> width and number of layers."""
+VOCABULARY = 32000
+FAR, FAR_LARGEST = 70e9, 128256 * 8192
+"""Parameters of a model of 70 billion, and of the largest of its weights (Llama 3)."""
 CHILD = """
 import json, sys, time
 import hf_sqf, torch, transformers
@@ -62,7 +70,7 @@ def make(folder: Path, billions: float) -> int:
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         num_key_value_heads=width // 128,
-        vocab_size=32000,
+        vocab_size=VOCABULARY,
         tie_word_embeddings=True,
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
@@ -103,27 +111,62 @@ def measure(billions: float, options: dict[str, object]) -> dict[str, float]:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
         size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-        return {"parameters": count, "bits": 8 * size / count, **found}
+        width = WIDTHS[billions][0]
+        largest = max(VOCABULARY * width, width * width * 8 // 3)
+        return {"parameters": count, "largest": largest, "bits": 8 * size / count, **found}
 
 
-def plot(rows: list[dict[str, float]], line: np.ndarray, path: Path) -> None:
-    """Draw seconds and memory against parameters."""
+def lines_through(rows: list[dict[str, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return two straight lines (slope, intercept): seconds over parameters, bytes of memory over the largest weight.
+
+    Errors are relative, so that small models weigh as much as large ones.
+    """
+    sizes, largest = (np.array([row[name] for row in rows]) for name in ("parameters", "largest"))
+    seconds, peaks = (np.array([row[name] for row in rows]) for name in ("seconds", "peak"))
+    return np.polyfit(sizes, seconds, 1, w=1 / seconds), np.polyfit(largest, peaks, 1, w=1 / peaks)
+
+
+def far(rows: list[dict[str, float]]) -> str:
+    """Return what the lines say of 70 billion parameters, and how far they lie from what was measured."""
+    time_line, memory_line = lines_through(rows)
+    off = [
+        max(abs(np.polyval(line, row[over]) / row[name] - 1.0) for row in rows)
+        for line, over, name in ((time_line, "parameters", "seconds"), (memory_line, "largest", "peak"))
+    ]
+    hours, memory = np.polyval(time_line, FAR) / 3600, np.polyval(memory_line, FAR_LARGEST) / 1e9
+    return "\n".join([
+        f"time: {1e9 * time_line[0]:.0f} ns a parameter and {time_line[1]:.0f} s, within {off[0]:.0%} of the measured",
+        f"memory: {memory_line[0]:.1f} bytes an entry of the largest weight and {memory_line[1] / 1e6:.0f} MB, "
+        f"within {off[1]:.0%}",
+        f"on to 70 billion parameters, the largest weight of {FAR_LARGEST / 1e9:.2f} billion: {hours:.1f} hours and "
+        f"{memory:.1f} GB here",
+    ])  # fmt: skip
+
+
+def plot(rows: list[dict[str, float]], path: Path) -> None:
+    """Draw seconds over parameters, and memory over the largest weight, with the lines on to 70 billion."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.0, 3.6))
-    sizes = [row["parameters"] for row in rows]
-    wide = np.array([sizes[0], 70e9])
-    left.loglog(sizes, [row["seconds"] for row in rows], "ko", label="measured")
-    left.loglog(wide, np.polyval(line, wide), "k:", label="straight line")
+    time_line, memory_line = lines_through(rows)
+    for axes, over, name, scale, line, end in (
+        (left, "parameters", "seconds", 1.0, time_line, FAR),
+        (right, "largest", "peak", 1e9, memory_line, FAR_LARGEST),
+    ):
+        places = np.array([row[over] for row in rows])
+        axes.loglog(places, [row[name] / scale for row in rows], "ko", label="measured")
+        wide = np.geomspace(places[0], end, 64)
+        axes.loglog(wide, np.polyval(line, wide) / scale, "k:", label="straight line, on to 70 billion")
+        axes.grid(alpha=0.3)
     left.set(xlabel="parameters", ylabel="seconds")
     left.legend(frameon=False)
-    right.semilogx(sizes, [row["peak"] / 1e6 for row in rows], "ko-")
-    right.set(xlabel="parameters", ylabel="peak memory above imports, MB", ylim=(0, None))
+    right.set(xlabel="entries of the largest weight", ylabel="peak memory above imports, GB")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -156,13 +199,9 @@ def main() -> None:
         )
         print(f"{lines[-1]}   ({time.perf_counter() - began:.0f} s in all)", flush=True)
     if len(rows) > 1:
-        sizes = np.array([row["parameters"] for row in rows])
-        line = np.polyfit(sizes, [row["seconds"] for row in rows], 1, w=1 / sizes)
-        memory = np.polyfit(sizes, [row["peak"] for row in rows], 1, w=1 / sizes)
-        hours, peak = np.polyval(line, 70e9) / 3600, np.polyval(memory, 70e9)
-        lines += ["", f"A straight line says {hours:.1f} hours and {peak / 1e9:.1f} GB for 70 billion parameters here."]
-        plot(rows, line, KEPT.with_suffix(".png"))
-    print("\n".join(lines[-2:]))
+        lines += ["", far(rows)]
+        plot(rows, KEPT.with_suffix(".png"))
+    print(lines[-1])
     KEPT.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     KEPT.with_suffix(".json").write_text(json.dumps({"options": options, "rows": rows}, indent=1) + "\n")
 

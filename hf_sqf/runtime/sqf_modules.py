@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -447,9 +448,18 @@ def set_runtime(model: nn.Module, runtime: str) -> None:
         ValueError: there is no such runtime, or the bytes of a weight are damaged.
     """
     check_runtime(runtime)
+    alone: list[SQFModule] = []
+    tied: list[SQFModule] = []  # to one of the others, whose bytes are theirs as well
+    seen: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, SQFModule):
-            module.keep(runtime)
+            parameters = {module._bytes(name) for name in module.held}
+            (tied if parameters & seen else alone).append(module)
+            seen |= parameters
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(lambda module: module.keep(runtime), alone))
+    for module in tied:
+        module.keep(runtime)
 
 
 @cache
