@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,9 @@ from transformers import AutoImageProcessor, DataCollatorWithPadding, PreTrained
 from ..hub.checking import tokenizer_of
 from .texts import calibration_texts
 
+Encoder = Callable[[Any], dict[str, Any]]
+"""Makes a model's inputs of one text or picture."""
+_BATCH = 8
 _COLUMNS = {"input_ids": "text", "pixel_values": "image"}
 """A model's main input -> the column that it is made from, unless told otherwise."""
 
@@ -90,7 +93,7 @@ class Labelled:
         collate = default_data_collator if tokenizer is None else DataCollatorWithPadding(tokenizer)
         return [dict(collate(examples[at : at + _BATCH])) for at in range(0, len(examples), _BATCH)]
 
-    def _pictures(self, where: str) -> Any:  # noqa: ANN401
+    def _pictures(self, where: str) -> Encoder:
         processor = AutoImageProcessor.from_pretrained(where)
         folder = Path(self.dataset).parent
 
@@ -106,10 +109,7 @@ class Labelled:
         return encode
 
 
-_BATCH = 8
-
-
-def _texts(where: str, context: int) -> Any:  # noqa: ANN401
+def _texts(where: str, context: int) -> Encoder:
     tokenizer = tokenizer_of(where, local_files_only=False)
     if tokenizer is None:
         raise ValueError(f"labels of texts take a tokenizer, and none comes with {where}")
