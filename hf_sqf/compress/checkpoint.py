@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..runtime.sqf_config import SQFConfig
 from .companions import beside_weights, carry_files
+from .mapped import releasing
 from .model import compress
 from .ranks import Ranks
 from .statistics import Statistics, fingerprint
@@ -82,7 +83,8 @@ def _write(model: PreTrainedModel, source: str | Path, workspace: Workspace, tar
     made = workspace.folder / "made"
     if made.exists():
         shutil.rmtree(made)
-    model.save_pretrained(made)
+    with releasing(list(model.parameters())):  # results wait on disk: not all of them need be in memory at once
+        model.save_pretrained(made)
     carry_files(beside_weights(str(source)), made)
     workspace.write(_COMPLETE, json.dumps(_files(made)).encode())
     if target.exists():

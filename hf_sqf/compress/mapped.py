@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from threading import Event, Thread
 
 import numpy as np
 from torch import Tensor, nn
@@ -60,6 +63,27 @@ def release_module(module: nn.Module) -> None:
     for p in module.parameters():
         release(p)
     trim()
+
+
+@contextmanager
+def releasing(tensors: Sequence[Tensor], seconds: float = 0.2) -> Iterator[None]:
+    """Release tensors again and again meanwhile: for what reads each of them once, as writing a file of them does."""
+    done = Event()
+
+    def run() -> None:
+        while not done.wait(seconds):
+            for tensor in tensors:
+                release(tensor)
+
+    thread = Thread(target=run, name="releasing", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        for tensor in tensors:
+            release(tensor)
 
 
 class Turns:

@@ -1,5 +1,6 @@
 """Memory that is given back while a model is compressed."""
 
+import time
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_sqf.compress.mapped import Turns, release
+from hf_sqf.compress.mapped import Turns, release, releasing
 from hf_sqf.compress.recorder import recomputed
 
 SMAPS = Path("/proc/self/smaps")
@@ -42,6 +43,22 @@ def test_what_is_not_mapped_is_left_alone():
     tensor = torch.arange(1 << 16)
     release(tensor)
     assert torch.equal(tensor, torch.arange(1 << 16))
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
+def test_what_is_read_once_does_not_stay(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file({str(i): torch.full((1 << 18,), float(i)) for i in range(8)}, path)
+    mapped = list(load_file(path).values())
+    with releasing(mapped, seconds=0.01):
+        assert [float(tensor.mean()) for tensor in mapped] == [float(i) for i in range(8)]
+        for _ in range(500):  # until the thread's turn comes
+            if resident(path) < 100:
+                break
+            time.sleep(0.01)
+        assert resident(path) < 100
+        assert float(mapped[3].sum()) == 3 << 18
+    assert resident(path) < 100
 
 
 class Block(GradientCheckpointingLayer):
