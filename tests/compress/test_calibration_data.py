@@ -1,5 +1,7 @@
 """What users give as calibration data becomes inputs without padding."""
 
+import json
+
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -105,3 +107,14 @@ def test_data_sets_by_column_and_what_is_none(tokenizer):
         calibration(llama(), [{"input_ids": torch.ones(1, 2, dtype=torch.long)}])
     with pytest.raises(ValueError, match="tokenizer"):
         calibration(llama(), PROSE)
+
+
+def test_a_name_is_what_datasets_loads(tmp_path):
+    """A folder stands for an id on the Hub: the same function reads both."""
+    pytest.importorskip("datasets")
+    words = [f"text number {number}" for number in range(5)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in words))
+    assert list(texts(str(tmp_path))) == words
+    (tmp_path / "train.jsonl").write_text('{"content": "no text"}\n')
+    with pytest.raises(ValueError, match="must hold texts, or mappings with a text"):
+        list(texts(str(tmp_path)))
