@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from ..compress.calibration_data import spread
@@ -59,6 +60,7 @@ def evaluate(
     name = None if dataset is None else dataset.name
     if labelled is not None:
         name = Path(labelled.dataset).name if Path(labelled.dataset).is_file() else labelled.dataset
+    inputs: list[dict[str, Tensor]] | None = None
     originals: dict[tuple[type, str], PreTrainedModel] = {}
     rows = []
     for model in models:
@@ -69,9 +71,9 @@ def evaluate(
         if key not in originals:
             originals[key] = native.from_pretrained(against, dtype=compressed.dtype)
         tokenizer = tokenizer_of(against, local_files_only=False) or tokenizer_of(str(folder))
-        length = context or CONTEXT
-        inputs = None if labelled is None else labelled.batches(originals[key], against, samples, length)
-        found = check(compressed, originals[key], texts, tokenizer, inputs, name=name, context=length)
+        if labelled is not None and inputs is None:
+            inputs = labelled.batches(originals[key], against, samples, context or CONTEXT)
+        found = check(compressed, originals[key], texts, tokenizer, inputs, name=name, context=context or CONTEXT)
         if record:
             record_fidelity(folder, found, card_of(beside_weights(against)))
         bits = compressed.config.quantization_config.coverage["bits"]

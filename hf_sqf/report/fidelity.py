@@ -110,8 +110,7 @@ def compare(model: PreTrainedModel, original: PreTrainedModel, batches: Iterable
     # A bar after two seconds, with the time left where the number of batches is known.
     for batch in transformers_logging.tqdm(batches, desc="Comparing with the original", delay=2.0):
         labels = batch.get("labels")
-        given = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        outputs = [m(**{name: t.to(m.device) for name, t in given.items()}) for m in (original, model)]
+        outputs = [m(**_given(batch, m)) for m in (original, model)]
         mask = batch.get("attention_mask")
         if labels is not None:
             p, q = (o["logits"].float().cpu() if "logits" in o else None for o in outputs)
@@ -126,6 +125,12 @@ def compare(model: PreTrainedModel, original: PreTrainedModel, batches: Iterable
             sums.add_vectors(*(_pooled(o[0].float().cpu(), mask) for o in outputs))
     model.train(modes[0]), original.train(modes[1])
     return sums.result()
+
+
+def _given(batch: Inputs, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a batch without its labels where the model is, pictures and sounds in its dtype."""
+    moved = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    return {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in moved.items()}
 
 
 def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from hf_sqf.cli.labelled import Labelled
+from hf_sqf.report.fidelity import compare
 from tests.cli.conftest import one_sentence, saved
 
 WORDS = ["the a", "of and is", "a is the of", "and the"]
@@ -109,6 +110,14 @@ def test_pictures_are_read_and_train(viewer: Path, typed, tmp_path: Path):
     assert before["original_accuracy"] == after["original_accuracy"] and before["count"] == 6
     assert after["accuracy"] > before["accuracy"]
     assert "original's accuracy" in (tmp_path / "results" / "table.md").read_text()
+
+
+def test_pictures_reach_models_of_half_precision(viewer: Path, tmp_path: Path):
+    model = ResNetForImageClassification.from_pretrained(viewer, dtype=torch.bfloat16)
+    batches = Labelled(str(pictures(tmp_path, 3)), "label").batches(model, str(viewer), None, 16)
+    found = compare(model, model, batches)
+    assert found["value"] == 0.0 and found["agreement"] == 1.0
+    assert found["accuracy"] == found["original_accuracy"]
 
 
 @pytest.mark.parametrize(
