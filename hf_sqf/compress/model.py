@@ -17,7 +17,7 @@ from ..runtime.sqf_size import compressed_bytes
 from .calibration_data import Calibration
 from .collect import data_for, measure
 from .job import Header, Job, MetricOf
-from .mapped import trim
+from .mapped import releasing, trim
 from .metric import Metric
 from .ranks import Ranks
 from .sequential import Sequential
@@ -79,7 +79,8 @@ def compress(
         setattr(model, name, value)
     model.config.quantization_config = quantizer.quantization_config
     _assign_is_quantized(model)
-    settle(model, quantizer.quantization_config.runtime)
+    with releasing(list(model.parameters())):  # it looks through all bytes, which may be mapped
+        settle(model, quantizer.quantization_config.runtime)
     trim()
     return model
 
