@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_sqf
 from hf_sqf import SQFConfig
 from hf_sqf.runtime.sqf_modules import SQFModule, set_runtime
 from hf_sqf.runtime.sqf_resident import is_resident
 from tests.conftest import ARCHITECTURES, build, inputs_for, outputs_of
+from tests.smaps import SMAPS, resident
 
 RUNTIMES = ["int8", "int4", "stream", "dense", "auto"]
 
@@ -55,6 +56,22 @@ def test_outputs_files_and_memory(name: str, runtime: str, saved: Callable[[str]
     model.save_pretrained(tmp_path)
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / file).read_bytes() == (saved(name) / file).read_bytes()
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
+@pytest.mark.parametrize("runtime", ["int8", "stream"])
+def test_bytes_that_a_model_was_loaded_from_do_not_stay(runtime: str, tmp_path: Path):
+    size = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, **size))
+    hf_sqf.compress(model, SQFConfig(bits=5.0, structure="grid", trellis=None)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=SQFConfig(runtime=runtime))
+    norms = 14  # and where weights meet: pages that are shared
+    assert resident(file) < 0.25 * file.stat().st_size / 1024 + 4 * norms
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert close(loaded(ids).logits, hf_sqf.dequantize(model)(ids).logits)
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "mixtral", "resnet"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from .mapped import trim
+from ..runtime.sqf_memory import trim
 from .prediction import atoms_before_grid
 from .solution import Problem, Solution
 from .structures import (

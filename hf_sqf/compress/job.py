@@ -15,11 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_container import pack
+from ..runtime.sqf_memory import release, trim
 from ..runtime.sqf_modules import SUFFIX
 from ..runtime.sqf_size import entry_bytes
 from .budget import OCTAVES, Budget, RateCurve, rounds, smallest
 from .factorize import solve
-from .mapped import release, trim
 from .metric import Metric
 from .ranks import Ranks, empty_bytes
 from .sequential import Sequential

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import _assign_is_quantized
 
 from ..runtime.sqf_config import HUB_ID, QUANT_METHOD, SQFConfig, parse_size
+from ..runtime.sqf_memory import trim
 from ..runtime.sqf_quantizer import SQFQuantizer, place, settle
 from ..runtime.sqf_size import compressed_bytes
 from .calibration_data import Calibration
 from .collect import data_for, measure
 from .job import Header, Job, MetricOf
-from .mapped import releasing, trim
+from .mapped import releasing
 from .metric import Metric
 from .ranks import Ranks
 from .sequential import Sequential

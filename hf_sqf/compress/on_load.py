@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..runtime.sqf_memory import trim
 from ..runtime.sqf_quantizer import SQFQuantizer, settle
-from .mapped import trim
 from .model import compress_weights
 
 

@@ -35,7 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .mapped import release
+from ..runtime.sqf_memory import release
 from .metric import Metric
 from .targets import Target
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..runtime.sqf_codec import chunk_rows, ideal_bits
 from ..runtime.sqf_factors import FINE, Factors, Term, log_scale, nearest_log_scale
+from ..runtime.sqf_memory import trim
 from .dependent import FINE_STEP, chunk_along_trellis
 from .gradient import Descent, Inner, gradient_step, gram, least_squares_codes, nearest_atom, projected_gradient, weigh
 from .grid import RESOLUTION, grid_scales, narrow
-from .mapped import trim
 from .metric import Metric
 from .prediction import atoms_that_pay
 from .prices import prices_of, round_at_price

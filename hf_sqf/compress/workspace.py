@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..runtime.sqf_container import weight_name
-from .mapped import release
+from ..runtime.sqf_memory import release
 from .statistics import Statistics
 
 _JOB, _STATISTICS = "job.json", "statistics.safetensors"

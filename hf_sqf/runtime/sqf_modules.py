@@ -29,6 +29,7 @@ from .sqf_backends import bytes_for, factors_in, matrices_in, packed_bytes
 from .sqf_config import check_runtime
 from .sqf_container import Record, records
 from .sqf_factors import Factors
+from .sqf_memory import release, trim
 from .sqf_product import linear, matrix, plain, product, rows
 from .sqf_resident import is_resident, resident_backend
 from .sqf_running import Running
@@ -156,7 +157,9 @@ class SQFModule(nn.Module):
             if not data.is_meta:  # else offloaded: the bytes come and go, packed
                 if not is_resident(data):  # a file's shapes are not to be trusted: what runs believes the module's
                     self._checked(name, records(data.detach().cpu(), held.name))
-                data.data = bytes_for(data.detach(), runtime, held.name)
+                before = data.detach()
+                data.data = bytes_for(before, runtime, held.name)
+                release(before)  # of a mapped file, which stays mapped as long as one of its tensors is there
         self.runtime = runtime
         self._running.clear()
 
@@ -460,6 +463,7 @@ def set_runtime(model: nn.Module, runtime: str) -> None:
         list(pool.map(lambda module: module.keep(runtime), alone))
     for module in tied:
         module.keep(runtime)
+    trim()
 
 
 @cache

@@ -2,7 +2,6 @@
 
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,21 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_sqf.compress.mapped import Turns, release, releasing
+from hf_sqf.compress.mapped import Turns, releasing
 from hf_sqf.compress.recorder import recomputed
-
-SMAPS = Path("/proc/self/smaps")
-
-
-def resident(path: Path) -> int:
-    """Return the kilobytes of a mapped file that are in memory."""
-    total, inside = 0, False
-    for line in SMAPS.read_text().splitlines():
-        if "-" in line.split(maxsplit=1)[0] and ":" not in line.split(maxsplit=1)[0]:
-            inside = line.endswith(str(path))
-        elif inside and line.startswith("Rss:"):
-            total += int(line.split()[1])
-    return total
+from hf_sqf.runtime.sqf_memory import release
+from tests.smaps import SMAPS, resident
 
 
 @pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
