@@ -132,7 +132,8 @@ def main() -> None:
         print(lines[-1], flush=True)
         args.keep.parent.mkdir(exist_ok=True)
         args.keep.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    lines += saved_bits(curves[False], curves[True])
+    if curves[False]:
+        lines += saved_bits(curves[False], curves[True])
     args.keep.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

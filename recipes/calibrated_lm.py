@@ -244,7 +244,8 @@ def main() -> None:
         divergences = note(method, rate, size, model, seconds)
         if "bits" in options:
             curves["trellis" not in options].append((rate, *divergences))
-    lines += saved_bits(curves[False], curves[True])
+    if curves[False]:
+        lines += saved_bits(curves[False], curves[True])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     lines.append(f"peak resident memory of this run, kept log-probabilities included: {peak:.0f} MB")
     args.keep.write_text("\n".join(lines) + "\n", encoding="utf-8")
