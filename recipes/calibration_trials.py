@@ -209,7 +209,7 @@ def main() -> None:
     sources = {"given": data | {"own_text": False}, "own": data | {"dataset": "self"}, "both": data}
     for name, options in sources.items():
         path = args.statistics / f"{name}.safetensors" if args.statistics else None
-        calibration = data_for(model, SQFConfig(**options))  # in the end, that of the default
+        calibration = data_for(model, SQFConfig(**options)) if name == "both" else None  # sequences run it again
         config = SQFConfig(statistics=path) if path is not None and path.exists() else SQFConfig(**options)
         measured = measure(model, find_targets(model, config)[0], config, calibration)
         assert measured is not None

@@ -18,7 +18,6 @@ from ..runtime.sqf_size import compressed_bytes
 from .calibration_data import Calibration
 from .collect import data_for, measure
 from .job import Header, Job, MetricOf
-from .mapped import releasing
 from .metric import Metric
 from .ranks import Ranks
 from .sequential import Sequential
@@ -80,8 +79,7 @@ def compress(
         setattr(model, name, value)
     model.config.quantization_config = quantizer.quantization_config
     _assign_is_quantized(model)
-    with releasing(list(model.parameters())):  # it looks through all bytes, which may be mapped
-        settle(model, quantizer.quantization_config.runtime)
+    settle(model, quantizer.quantization_config.runtime)
     trim()
     return model
 

@@ -65,7 +65,6 @@ def test_one_block_at_a_time_is_in_memory_forth_and_back(tmp_path):
     weights = {str(i): torch.randn(size, size, generator=torch.Generator().manual_seed(i)) / 16 for i in range(8)}
     save_file(weights, path)
     blocks = [Block(weight) for weight in load_file(path).values()]
-    most = []
 
     def most_in_memory(function):
         most = []
