@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Curve(TrainerCallback):
-    """Measures the divergence every few steps, and ends training when its time is up."""
+    """Measures the divergence every few steps, and ends training when its time is up: seconds of all processors."""
 
     def __init__(self, measure: Divergence, every: int, minutes: float) -> None:
         self.measure, self.every, self.seconds = measure, every, 60.0 * minutes
@@ -54,11 +54,11 @@ class Curve(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock: measuring does not count."""
-        self._since = time.monotonic()
+        self._since = time.process_time()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure, where it is time to."""
-        self.spent += time.monotonic() - self._since
+        self.spent += time.process_time() - self._since
         late = self.spent >= self.seconds
         if state.global_step % self.every == 0 or late:
             model = kwargs["model"].eval()
@@ -83,7 +83,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=0.002, help="most of the codes that a step may change")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=70)
-    parser.add_argument("--minutes", type=float, default=45.0, help="most that training may take")
+    parser.add_argument("--minutes", type=float, default=90.0, help="of processor time that training may take at most")
+    parser.add_argument("--embedding-rate", type=float, default=0.0, help="learning rate of the dense embeddings")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2, help="sequences a step")
     parser.add_argument("--samples", type=int, default=32, help="sequences to calibrate on")
@@ -115,6 +116,15 @@ def compressed_model(args: argparse.Namespace, tokenizer: Any) -> PreTrainedMode
             return model
         model.save_pretrained(args.compressed)
     return AutoModelForCausalLM.from_pretrained(args.compressed)
+
+
+def with_embeddings(trainer: Trainer, rate: float) -> torch.optim.Optimizer:
+    """Return an optimizer that trains the dense embeddings, too, at a rate of their own: the file has them anyway."""
+    assert trainer.model is not None
+    scales = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    embeddings = trainer.model.get_input_embeddings().weight.requires_grad_(True)  # type: ignore[union-attr]
+    groups = [{"params": scales}, {"params": [embeddings], "lr": rate}]
+    return torch.optim.AdamW(groups, lr=trainer.args.learning_rate, weight_decay=0.0)
 
 
 def draw(points: list[dict[str, float]], title: str, path: Path) -> None:
@@ -164,6 +174,8 @@ def main() -> None:
             callbacks=[SQFCallback(args.mode, code_rate=args.code_rate, share=args.share), curve],
             compute_loss_func=distillation_loss(teacher),
         )
+        if args.embedding_rate:
+            trainer.optimizer = with_embeddings(trainer, args.embedding_rate)
         trainer.train()
         trainer.save_model(folder)
         small = AutoModelForCausalLM.from_pretrained(folder)

@@ -22,7 +22,7 @@ from .metric import Metric
 from .rounding import cancel_and_round, interference
 from .solution import Solution
 from .threads import side_by_side
-from .trellis import trellis, viterbi
+from .trellis import sources, viterbi_block, viterbi_columns
 
 FINE_STEP = 0.62
 """The fine step of a trellis in units of the scalar step c of the same slope dD/dR (and nearly the same D)."""
@@ -32,6 +32,7 @@ FIRST_STATES = 8
 """States of the first pass, which only makes the models."""
 ESCAPE_BITS = 10
 """What the value of an escaped code may cost beside its symbol."""
+_COLUMNS = 16  # that are rounded in one call where they do not touch
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +60,6 @@ class Prices:
             bits = np.maximum(bits[0][:, np.clip(points, 0, LARGEST + 1)] - 1.0, 0.05).swapaxes(0, 1)
         rates = np.ascontiguousarray(bits.swapaxes(0, 1), dtype=np.float32)
         return cls(contexts.rows, contexts.cols, rates)
-
-    def classes(self, column: int) -> NDArray[np.int32]:
-        """int32 (m,): the classes of the entries of a column."""
-        return np.clip(self.rows + self.cols[column], 0, len(self.rates) - 1).astype(np.int32)
 
 
 def round_along_trellis(
@@ -103,7 +100,7 @@ def chunk_along_trellis(values: Tensor, couplings: Tensor | None, states: int) -
     codes, machine = values.round().to(torch.int32).numpy(), 0
     for following in (FIRST_STATES, states):
         prices = Prices.of(contexts_of(codes, trellis=machine))
-        codes, machine = _pass(values, couplings, prices, following), following
+        codes, machine = along_paths(values, couplings, prices, following), following
     return narrow(torch.from_numpy(codes))
 
 
@@ -120,33 +117,30 @@ def nearest_paths(values: Tensor, codes: Tensor, states: int, price: float) -> T
     parts = []
     for some, known in zip(values.split(height), codes.split(height), strict=True):
         prices = Prices.of(contexts_of(known.to(torch.int32).numpy(), trellis=states))
-        parts.append(torch.from_numpy(_pass(some, None, prices, states, price)))
+        parts.append(torch.from_numpy(along_paths(some, None, prices, states, price)))
     return narrow(torch.cat(parts))
 
 
-def _pass(
+def along_paths(
     values: Tensor, couplings: Tensor | None, prices: Prices, states: int, rate_price: float = PRICE
 ) -> NDArray[np.int32]:
     """Round all columns along their best paths at these prices; int32 (m, n)."""
-    m, n = values.shape
-    grid, ways = trellis(states)
-    price = np.float32(rate_price)
-    codes = np.empty((n, m), np.int32)
-
-    def column(targets: NDArray[np.float32], j: int) -> None:
-        viterbi(targets, prices.classes(j), prices.rates, price, grid, ways, codes[j])
+    model = prices.rows, prices.rates, np.float32(rate_price), sources(states)
 
     if couplings is not None:
 
-        def rounder(targets: Tensor, j: int) -> Tensor:
-            column(targets.numpy(), j)
-            return torch.from_numpy(codes[j])
+        def block(targets: Tensor, v: Tensor, within: Tensor, start: int) -> tuple[Tensor, Tensor]:
+            codes, errors = torch.empty_like(v), torch.empty_like(v)
+            cols = prices.cols[start : start + len(v)]
+            viterbi_block(targets.numpy(), v.numpy(), within.numpy(), cols, *model, codes.numpy(), errors.numpy())
+            return codes, errors
 
-        cancel_and_round(values, couplings, rounder)
-    else:
-        columns = values.T.contiguous().numpy()
-        side_by_side(lambda j: column(columns[j], j), range(n))
-    return np.ascontiguousarray(codes.T)
+        return cancel_and_round(values, couplings, block).to(torch.int32).numpy()
+    columns = values.T.contiguous().numpy()
+    codes = np.empty(columns.shape, np.int32)
+    parts = [slice(at, at + _COLUMNS) for at in range(0, len(columns), _COLUMNS)]
+    side_by_side(lambda some: viterbi_columns(columns[some], prices.cols[some], *model, codes[some]), parts)
+    return codes.T
 
 
 def solve_dependent(weight: Tensor, metric: Metric, step: float, states: int) -> Solution:

@@ -32,6 +32,11 @@ ColumnRounder = Callable[[Tensor, int], Tensor]
 All targets of a column are known at once and do not depend on one another, so that a rounder may look at all of
 them: to the nearest, with a dead zone, or along a trellis."""
 
+BlockRounder = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""Chooses the codes of a block of b columns, the last one first: (targets (b, m), which hold the errors of the columns
+after the block; v (b, m); N within the block (b, b); index of the first column) -> integers and errors u, both (b, m)
+and float32. All are stored by columns."""
+
 BLOCK = 64
 """Columns whose targets are updated one by one; all columns before them are updated by one product per block."""
 
@@ -52,13 +57,27 @@ def interference(cholesky: Tensor, steps: Tensor) -> Tensor:
     return (cholesky * (steps[:, None] / (cholesky.diagonal() * steps))).float()
 
 
-def cancel_and_round(values: Tensor, interference: Tensor, rounder: ColumnRounder = nearest) -> Tensor:
+def column_by_column(rounder: ColumnRounder) -> BlockRounder:
+    """Return what rounds a block with ``rounder``, a column at a time."""
+
+    def block(targets: Tensor, values: Tensor, within: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        codes, errors = torch.empty_like(values), torch.zeros_like(values)
+        for j in range(len(values) - 1, -1, -1):
+            t = torch.addmv(targets[j], errors[j + 1 :].T, within[j + 1 :, j])
+            codes[j] = rounder(t, start + j)
+            errors[j] = values[j] - codes[j]
+        return codes, errors
+
+    return block
+
+
+def cancel_and_round(values: Tensor, interference: Tensor, rounder: BlockRounder) -> Tensor:
     """Round ``values`` to integers in the metric, columns from the last to the first.
 
     Args:
         values: v = w / step, float32 (m, n).
         interference: N of :func:`interference`.
-        rounder: chooses a column's codes.
+        rounder: chooses the codes of a block of columns.
 
     Returns:
         The codes, float32 (m, n), stored by columns.
@@ -68,12 +87,8 @@ def cancel_and_round(values: Tensor, interference: Tensor, rounder: ColumnRounde
     targets = v.clone()
     for end in range(len(v), 0, -BLOCK):
         start = max(end - BLOCK, 0)
-        errors = torch.zeros_like(v[start:end])
         within = interference[start:end, start:end]
-        for j in range(end - start - 1, -1, -1):
-            t = torch.addmv(targets[start + j], errors[j + 1 :].T, within[j + 1 :, j])
-            codes[start + j] = rounder(t, start + j)
-            errors[j] = v[start + j] - codes[start + j]
+        codes[start:end], errors = rounder(targets[start:end], v[start:end], within, start)
         targets[:start].addmm_(interference[start:end, :start].T, errors)
     return codes.T
 
@@ -92,7 +107,7 @@ def round_in_metric(
     """
     values = weight.float() / (rows.float()[:, None] * steps.float())
     if cholesky is not None:
-        return cancel_and_round(values, interference(cholesky, steps), rounder or nearest)
+        return cancel_and_round(values, interference(cholesky, steps), column_by_column(rounder or nearest))
     if rounder is None:
         return values.round()
     columns = values.T.contiguous()

@@ -11,7 +11,6 @@ of each step, in time proportional to rows times states. Units are those of the 
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -22,24 +21,16 @@ from ..runtime.sqf_trellis import machine
 FAR = np.float32(1e30)
 
 
-class Trellis(NamedTuple):
-    """How the states of a machine are entered, laid out for the inner loop.
-
-    Attributes:
-        grid: uint32 (states,), the grid of each state.
-        ways: uint32 (2, states), the two ways into each state; way ``parity * states + source``.
-    """
-
-    grid: NDArray[np.uint32]
-    ways: NDArray[np.uint32]
-
-
 @cache
-def trellis(states: int) -> Trellis:
-    """Return the trellis of the machine with that many states."""
+def sources(states: int) -> NDArray[np.uint32]:
+    """Return how the states of a machine are entered, (2, states): from which state with each parity.
+
+    The lower half of the states is entered from states on grid 0, the upper half from those on grid 1.
+    """
     next_state, grid = machine(states)
-    ways = np.argsort(next_state.T.reshape(-1), kind="stable").reshape(states, 2).T
-    return Trellis(grid.astype(np.uint32), np.ascontiguousarray(ways, dtype=np.uint32))
+    found = np.argsort(next_state, axis=0, kind="stable").T
+    assert np.array_equal(grid[found], np.broadcast_to(np.arange(states) >= states // 2, (2, states)))
+    return np.ascontiguousarray(found, dtype=np.uint32)
 
 
 @njit(nogil=True, cache=True)
@@ -85,8 +76,7 @@ def viterbi(
     classes: NDArray[np.int32],
     rates: NDArray[np.float32],
     price: np.float32,
-    grid: NDArray[np.uint32],
-    ways: NDArray[np.uint32],
+    entries: NDArray[np.uint32],
     out: NDArray[np.int32],
 ) -> float:
     """Write the fine-grid integers of the best path into ``out``; return its cost.
@@ -97,37 +87,112 @@ def viterbi(
         rates: float32 (classes, 2, A + 1), bits of a code of magnitude 0 ... A on each grid, sign included;
             larger codes cost what A costs.
         price: float32, lambda: squared fine steps a bit.
-        grid, ways: a :class:`Trellis`.
+        entries: uint32 (2, states), see :func:`sources`.
         out: int32 (m,).
     """
-    rows, states = targets.shape[0], grid.shape[0]
-    entered = np.empty((rows, states), np.uint8)
+    rows, states = targets.shape[0], entries.shape[1]
+    half = states // 2
+    odd = np.empty((rows, states), np.bool_)
     codes = np.empty((rows, 4), np.int32)
     costs = np.empty(4, np.float32)
     total = np.full(states, FAR)
     total[0] = 0
-    arriving = np.empty(2 * states, np.float32)
+    following = np.empty(states, np.float32)
     path_cost = 0.0
     for i in range(rows):
         _candidates(targets[i], rates[classes[i]], price, costs, codes[i])
-        for s in range(states):
-            arriving[s] = total[s] + (costs[2] if grid[s] else costs[0])
-            arriving[states + s] = total[s] + (costs[3] if grid[s] else costs[1])
-        for s in range(states):
-            first = arriving[ways[0, s]]
-            second = arriving[ways[1, s]]
-            entered[i, s] = second < first
-            total[s] = min(first, second)
+        for grid in range(2):
+            even_cost, odd_cost = costs[2 * grid], costs[2 * grid + 1]
+            for s in range(grid * half, grid * half + half):
+                first = total[entries[0, s]] + even_cost
+                second = total[entries[1, s]] + odd_cost
+                odd[i, s] = second < first
+                following[s] = min(first, second)
+        total, following = following, total
         if i % 16 == 15 or i == rows - 1:
             # Keeping the least near zero keeps float32 exact enough on columns of any length.
             least = total.min()
             path_cost += least
             for s in range(states):
                 total[s] -= least
-    state = np.argmin(total)
+    state = np.uint32(np.argmin(total))
     for i in range(rows - 1, -1, -1):
-        way = ways[entered[i, state], state]
-        state = way % states
-        k = codes[i, 2 * grid[state] + way // states]
-        out[i] = 2 * k - np.sign(k) * np.int32(grid[state])
+        parity = np.int32(odd[i, state])
+        grid = np.int32(state >= half)
+        k = codes[i, 2 * grid + parity]
+        out[i] = 2 * k - np.sign(k) * grid
+        state = entries[parity, state]
     return path_cost
+
+
+@njit(nogil=True, cache=True)
+def _classes(rows: NDArray[np.int32], col: np.int32, rates: NDArray[np.float32], out: NDArray[np.int32]) -> None:
+    """Write the classes of the entries of a column."""
+    last = rates.shape[0] - 1
+    for i in range(rows.shape[0]):
+        out[i] = min(max(rows[i] + col, 0), last)
+
+
+@njit(nogil=True, cache=True)
+def viterbi_columns(
+    targets: NDArray[np.float32],
+    cols: NDArray[np.int32],
+    rows: NDArray[np.int32],
+    rates: NDArray[np.float32],
+    price: np.float32,
+    entries: NDArray[np.uint32],
+    out: NDArray[np.int32],
+) -> None:
+    """Write the fine-grid integers of columns that do not touch, (n, m), into ``out``.
+
+    Args:
+        targets: float32 (n, m), in units of the fine step: a column a row.
+        cols: int32 (n,), the columns' part of the class.
+        rows: int32 (m,), the rows' part.
+        rates, price, entries: see :func:`viterbi`.
+        out: int32 (n, m).
+    """
+    classes = np.empty(rows.shape[0], np.int32)
+    for j in range(targets.shape[0]):
+        _classes(rows, cols[j], rates, classes)
+        viterbi(targets[j], classes, rates, price, entries, out[j])
+
+
+@njit(nogil=True, cache=True)
+def viterbi_block(
+    targets: NDArray[np.float32],
+    values: NDArray[np.float32],
+    within: NDArray[np.float32],
+    cols: NDArray[np.int32],
+    rows: NDArray[np.int32],
+    rates: NDArray[np.float32],
+    price: np.float32,
+    entries: NDArray[np.uint32],
+    codes: NDArray[np.float32],
+    errors: NDArray[np.float32],
+) -> None:
+    """Round a block of columns from the last to the first, each absorbing the errors of those after it.
+
+    The columns of :data:`.rounding.BlockRounder` in compiled code: from Python, calls take longer than columns do.
+
+    Args:
+        targets, values: float32 (b, m), in units of the fine step: a column a row.
+        within: float32 (b, b), N of :func:`.rounding.interference`.
+        cols, rows, rates, price, entries: see :func:`viterbi_columns`.
+        codes, errors: float32 (b, m), written to.
+    """
+    width, height = values.shape
+    target = np.empty(height, np.float32)
+    classes = np.empty(height, np.int32)
+    found = np.empty(height, np.int32)
+    for j in range(width - 1, -1, -1):
+        target[:] = targets[j]
+        for k in range(j + 1, width):
+            weight = within[k, j]
+            for i in range(height):
+                target[i] += errors[k, i] * weight
+        _classes(rows, cols[j], rates, classes)
+        viterbi(target, classes, rates, price, entries, found)
+        for i in range(height):
+            codes[j, i] = found[i]
+            errors[j, i] = values[j, i] - np.float32(found[i])

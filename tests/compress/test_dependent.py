@@ -2,12 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from hf_sqf.compress.dependent import chunk_rows, solve_dependent
+from hf_sqf.compress.dependent import PRICE, Prices, along_paths, chunk_rows, contexts_of, solve_dependent
 from hf_sqf.compress.grid import solve_grid
 from hf_sqf.compress.metric import Metric
+from hf_sqf.compress.rounding import BLOCK, cancel_and_round, column_by_column, interference
+from hf_sqf.compress.trellis import sources, viterbi
 from hf_sqf.runtime.sqf_container import pack, unpack
 
 
@@ -78,3 +81,24 @@ def test_same_codes_on_any_number_of_threads():
 def test_zeros():
     found = solve_dependent(torch.zeros(30, 12), Metric.relative(torch.zeros(30, 12)), 0.5, 8)
     assert found.distortion == 0.0 and not found.factors.dense().any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, BLOCK), (40, 2 * BLOCK + 3)])
+def test_compiled_blocks_round_as_column_by_column(shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    lower = correlated_metric(shape[1], shape[0]).cholesky()
+    couplings = interference(lower, torch.ones(1))
+    values = weight / 0.4
+    contexts = contexts_of(values.round().to(torch.int32).numpy(), trellis=0)
+    prices = Prices.of(contexts)
+
+    def column(targets, j):
+        classes = np.clip(prices.rows + prices.cols[j], 0, len(prices.rates) - 1).astype(np.int32)
+        out = np.empty(len(targets), np.int32)
+        viterbi(targets.numpy(), classes, prices.rates, np.float32(PRICE), sources(8), out)
+        return torch.from_numpy(out)
+
+    expected = cancel_and_round(values, couplings, column_by_column(column)).to(torch.int32).numpy()
+    got = along_paths(values, couplings, prices, 8)
+    # Sums of float32 in another order: where a target lies on the border of two paths, a row may go another way.
+    assert (got == expected).all(1).mean() >= 0.9

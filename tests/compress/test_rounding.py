@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_sqf.compress.rounding import BLOCK, cancel_and_round, interference, nearest, round_in_metric
+from hf_sqf.compress.rounding import BLOCK, cancel_and_round, column_by_column, interference, nearest, round_in_metric
 
 
 def problem(m, n, seed=0, correlated=True):
@@ -97,5 +97,5 @@ def test_rounder_sees_every_column_once_from_the_last_to_the_first():
         assert targets.shape == (3,) and targets.is_contiguous()
         return nearest(targets, column)
 
-    cancel_and_round(weight / steps, interference(lower, steps), note)
+    cancel_and_round(weight / steps, interference(lower, steps), column_by_column(note))
     assert seen == list(range(BLOCK + 4, -1, -1))

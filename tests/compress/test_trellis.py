@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sqf.compress.trellis import trellis, viterbi
+from hf_sqf.compress.trellis import sources, viterbi
 from hf_sqf.runtime.sqf_trellis import TRELLIS_STATES, machine
 
 
@@ -22,7 +22,7 @@ def best_path(targets, price, states, rates=None, classes=None):
     out = np.empty(len(targets), np.int32)
     rates = geometric_rates() if rates is None else rates
     classes = np.zeros(len(targets), np.int32) if classes is None else classes
-    cost = viterbi(targets, classes, rates, np.float32(price), *trellis(states), out)
+    cost = viterbi(targets, classes, rates, np.float32(price), sources(states), out)
     return out, cost
 
 
