@@ -10,16 +10,15 @@ what it held when all was imported. Run it with nothing else running. Writes ``r
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+
+from memory import in_child
 
 KEPT = Path(__file__).parent / "results" / "calibration_time.txt"
 CHILD = """
@@ -27,27 +26,19 @@ import time
 started = time.monotonic()
 import json, sys
 from pathlib import Path
-import torch, transformers
+from memory import Memory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_sqf import SQFConfig
 
-def status(field):
-    with open("/proc/self/status") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
 model, text, bits, structure, out = sys.argv[1:]
-torch.ones(64, 64) @ torch.ones(64, 64)  # wakes the pools of threads
-transformers.models.llama.modeling_llama  # imported lazily
-base, imported = status("VmRSS"), time.monotonic() - started
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak is counted from here
+memory, imported = Memory(), time.monotonic() - started
 data = {"dataset": [Path(text).read_text("utf-8")], "tokenizer": AutoTokenizer.from_pretrained(model)}
 config = SQFConfig(bits=float(bits), structure=structure, samples=32, context=512, **data)
 small = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
 small.save_pretrained(out)
 rate = small.config.quantization_config.coverage["bits"]
 print(json.dumps({"seconds": time.monotonic() - started, "imports": imported, "bits": rate,
-                  "base": base, "peak": status("VmHWM") - base}))
+                  "base": memory.base, "peak": memory.peak()}))
 """
 
 
@@ -85,10 +76,8 @@ def main() -> None:
             AutoTokenizer.from_pretrained(args.model).save_pretrained(source)
             del model
             time.sleep(5)
-            command = [sys.executable, "-c", CHILD, source, str(args.calibration), str(args.bits), args.structure]
-            done = subprocess.run([*command, f"{folder}/out"], check=True, stdout=subprocess.PIPE, text=True)
+            found = in_child(CHILD, source, str(args.calibration), str(args.bits), args.structure, f"{folder}/out")
             dense = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
-        found = json.loads(done.stdout.splitlines()[-1])
         lines.append(
             f"{count:>8}{parameters / 1e6:>15.1f}{found['bits']:>8.3f}{found['seconds']:>9.0f}"
             f"{1e6 * found['seconds'] / parameters:>16.2f}{found['peak'] / 1e6:>10.0f}{dense / 1e6:>11.0f}"

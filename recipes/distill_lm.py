@@ -120,10 +120,11 @@ def compressed_model(args: argparse.Namespace, tokenizer: Any) -> PreTrainedMode
 
 def with_embeddings(trainer: Trainer, rate: float) -> torch.optim.Optimizer:
     """Return an optimizer that trains the dense embeddings, too, at a rate of their own: the file has them anyway."""
-    assert trainer.model is not None
+    assert isinstance(trainer.model, PreTrainedModel)
     scales = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    embeddings = trainer.model.get_input_embeddings().weight.requires_grad_(True)  # type: ignore[union-attr]
-    groups = [{"params": scales}, {"params": [embeddings], "lr": rate}]
+    embeddings = trainer.model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    groups: list[dict[str, Any]] = [{"params": scales}, {"params": [embeddings.requires_grad_()], "lr": rate}]
     return torch.optim.AdamW(groups, lr=trainer.args.learning_rate, weight_decay=0.0)
 
 

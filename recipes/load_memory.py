@@ -10,40 +10,32 @@ ones. Exits 1 if the promise is broken. Writes what it prints to ``results/load_
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import subprocess
 import sys
 import tempfile
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from memory import in_child
+
 KEPT = Path(__file__).parent / "results" / "load_memory.txt"
 FACTOR = 1.3
 
 CHILD = """
 import json, sys
-import torch, transformers
+from memory import Memory
 from transformers import AutoModelForCausalLM
 from hf_sqf import SQFConfig
 
-def status(field):
-    with open("/proc/self/status") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
 folder, bits, structure, out = sys.argv[1:]
-torch.ones(64, 64) @ torch.ones(64, 64)  # wakes the pools of threads
-transformers.models.llama.modeling_llama  # imported lazily
-base = status("VmRSS")
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak is counted from here
+memory = Memory()
 config = SQFConfig(bits=float(bits), structure=structure)
 model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
-peak, after = status("VmHWM"), status("VmRSS")
+peak, after = memory.peak(), memory.held()
 model.save_pretrained(out)
 rate = model.config.quantization_config.coverage["bits"]
-print(json.dumps({"base": base, "peak": peak - base, "after": after - base, "bits": rate}))
+print(json.dumps({"base": memory.base, "peak": peak, "after": after, "bits": rate}))
 """
 
 
@@ -55,9 +47,7 @@ def weights_size(folder: Path) -> int:
 def measure(folder: Path, bits: float, structure: str) -> dict[str, float]:
     """Return bytes: base, peak and after, the latter two above base; original, compressed; and true bits."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-c", CHILD, str(folder), str(bits), structure, out]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = in_child(CHILD, str(folder), str(bits), structure, out)
         return {**found, "original": weights_size(folder), "compressed": weights_size(Path(out))}
 
 

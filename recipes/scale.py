@@ -19,8 +19,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from datetime import date
@@ -29,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from memory import in_child
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -41,23 +40,15 @@ FAR, FAR_LARGEST = 70e9, 128256 * 8192
 """Parameters of a model of 70 billion, and of the largest of its weights (Llama 3)."""
 CHILD = """
 import json, sys, time
-import hf_sqf, torch, transformers
+from memory import Memory
 from hf_sqf import SQFConfig, compress_checkpoint
 
-def status(field):
-    with open("/proc/self/status") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
 source, target, options = sys.argv[1:]
-torch.ones(64, 64) @ torch.ones(64, 64)  # wakes the pools of threads
-transformers.models.llama.modeling_llama  # imported lazily
-base = status("VmRSS")
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak is counted from here
+memory = Memory()
 began, used = time.perf_counter(), time.process_time()
 compress_checkpoint(source, target, SQFConfig(**json.loads(options)))
 took = {"seconds": time.perf_counter() - began, "processor": time.process_time() - used}
-print(json.dumps({"base": base, "peak": status("VmHWM") - base, **took}))
+print(json.dumps({"base": memory.base, "peak": memory.peak(), **took}))
 """
 
 
@@ -107,9 +98,7 @@ def measure(billions: float, options: dict[str, object]) -> dict[str, float]:
         source, target = Path(folder) / "source", Path(folder) / "target"
         source.mkdir()
         count = make(source, billions)
-        command = [sys.executable, "-c", CHILD, str(source), str(target), json.dumps(options)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = in_child(CHILD, str(source), str(target), json.dumps(options))
         size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
         width = WIDTHS[billions][0]
         largest = max(VOCABULARY * width, width * width * 8 // 3)
