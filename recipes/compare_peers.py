@@ -1,13 +1,15 @@
-"""The same model through what people use to make models small, on one machine: bytes, quality and speed.
+"""The same model through what people use to make models small, on one machine: bytes, quality, time, memory, speed.
 
     pip install -e '.[bench]'
-    python recipes/compare_peers.py --text TEXT [--model HuggingFaceTB/SmolLM2-135M-Instruct] [--tokens 2048]
+    python recipes/compare_peers.py --text TEXT --calibration TEXT [--model HuggingFaceTB/SmolLM2-135M-Instruct]
 
-Each side loads the model in its own way. Bytes are those of a saved state, shared tensors once; the KL divergence is
-that of the original's predictions, in nats per token, on the text; decoding is greedy. Sides take turns within a
-repetition, speeds are medians, and ratios are medians of the ratios within a repetition. A side that does not run is
-listed with its error. hf_sqf compresses without data here, as the others do. Writes ``results/peers.txt`` and, for
-whoever wants to plot it, ``results/peers.json``.
+Each side makes its model in a process of its own: seconds and peak memory are those of that, from loading on, the
+side's own imports included. Bytes are those of a saved state, shared tensors once; the KL divergence is that of the
+original's predictions, in nats per token, on ``--text``. Sides that calibrate do so on ``--calibration``, 32 sequences
+of 512 tokens. Then decoding is timed, greedy, in one process: sides take turns within a repetition, speeds are medians,
+and ratios are medians of the ratios within a repetition; what is not packed is as fast as dense and takes no part. A
+side that does not run is listed with its error. Writes ``results/peers.txt`` and, for whoever wants to plot it,
+``results/peers.json``.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ import io
 import json
 import os
 import platform
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -27,16 +32,47 @@ from statistics import median
 from typing import Any
 
 import torch
-from calibrated_lm import Divergence, block_linears, cut, round_to_nearest
+from calibrated_lm import Divergence, block_linears, cut, gptq, input_moments, round_to_nearest
+from memory import Memory, in_child
 from speed import generate, ratios, table, take_turns
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from hf_sqf import SQFConfig
 
 KEPT = Path(__file__).parent / "results"
-PACKAGES = ("hf_sqf", "torch", "transformers", "optimum-quanto", "bitsandbytes", "hqq", "torchao")
+PACKAGES = (
+    *("hf_sqf", "torch", "transformers", "optimum-quanto", "bitsandbytes", "hqq", "torchao"),
+    *("auto-round", "llmcompressor", "gptqmodel", "llama-cpp-python"),
+)
+SAMPLES, CONTEXT = 32, 512
+CHILD = """
+import sys, time
+from memory import Memory
+from pathlib import Path
+import compare_peers
+
+name, model, calibration, text, tokens, folder = sys.argv[1:]
+print(compare_peers.made(name, model, Path(calibration), Path(text), int(tokens), Path(folder), Memory()))
+"""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a side may calibrate on.
+
+    Attributes:
+        text: all of it.
+        tokenizer: of the model.
+    """
+
+    text: str
+    tokenizer: Any
+
+    def sequences(self) -> Tensor:
+        """Return token ids, (SAMPLES, CONTEXT)."""
+        return cut(self.text, self.tokenizer, CONTEXT, SAMPLES * CONTEXT)
 
 
 def quanto(model: str, bits: str) -> PreTrainedModel:
@@ -85,24 +121,115 @@ def rounded(model: str) -> PreTrainedModel:
     return loaded
 
 
-def ours(model: str, bits: float, embeddings: bool) -> PreTrainedModel:
-    """Load with this library; as the others, leave the embeddings alone unless told otherwise."""
-    config = SQFConfig(bits=bits, structure="grid", include_embeddings=embeddings)
+def gptq_rounded(model: str, data: Data, bits: int) -> PreTrainedModel:
+    """Load, and round with GPTQ in groups of 64, to inputs as they were; nothing is packed."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    moments = input_moments(loaded, data.sequences())
+    for name, linear in block_linears(loaded).items():
+        linear.weight = nn.Parameter(gptq(linear.weight.detach(), bits, moments[name]))
+    return loaded
+
+
+def auto_round(model: str, data: Data, folder: Path) -> PreTrainedModel:
+    """Compress with AutoRound, 4 bits in groups of 128, its own defaults but for data; load what it saved."""
+    from auto_round import AutoRound
+
+    texts = data.tokenizer.batch_decode(data.sequences())
+    made = AutoRound(
+        model, data.tokenizer, scheme="W4A16", dataset=texts, nsamples=SAMPLES, seqlen=CONTEXT, device_map="cpu"
+    )
+    made.quantize_and_save(str(folder), format="auto_round")
+    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+
+
+def llm_compressor(model: str, data: Data, folder: Path) -> PreTrainedModel:
+    """Compress with llm-compressor's GPTQ, 4 bits in groups of 64; load what it saved."""
+    import datasets
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    ids = [{"input_ids": some, "attention_mask": [1] * len(some)} for some in data.sequences().tolist()]
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 64, "strategy": "group"}}}
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    oneshot(
+        model=loaded,
+        dataset=datasets.Dataset.from_list(ids),
+        recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"]),
+        max_seq_length=CONTEXT,
+        num_calibration_samples=SAMPLES,
+        output_dir=str(folder),
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+
+
+def gptqmodel(model: str, data: Data, folder: Path) -> PreTrainedModel:
+    """Compress with GPTQModel, 4 bits in groups of 64; load what it saved."""
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    made = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=64))
+    made.quantize(data.tokenizer.batch_decode(data.sequences()), batch_size=1)
+    made.save(str(folder))
+    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+
+
+def llama_cpp(model: str) -> PreTrainedModel:
+    """Load with llama.cpp: here only to say why it does not run."""
+    import llama_cpp
+
+    raise NotImplementedError(f"llama-cpp-python {llama_cpp.__version__} is installed; its side is not written")
+
+
+def ours(model: str, data: Data, bits: float, embeddings: bool, calibrated: bool, **options: Any) -> PreTrainedModel:  # noqa: ANN401
+    """Compress on load with this library; as the others, leave the embeddings alone unless told otherwise."""
+    if calibrated:
+        options |= {"dataset": [data.text], "tokenizer": data.tokenizer, "samples": SAMPLES, "context": CONTEXT}
+    config = SQFConfig(bits=bits, include_embeddings=embeddings, **options)
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, quantization_config=config)
 
 
-SIDES: dict[str, Callable[[str], PreTrainedModel]] = {
-    "dense float32": lambda model: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-    "dense bfloat16": lambda model: AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16),
-    "round to nearest, 4 bits, not packed": rounded,
-    "hf_sqf, 3 bits, all weights": partial(ours, bits=3.0, embeddings=True),
-    "hf_sqf, 4 bits, all weights": partial(ours, bits=4.0, embeddings=True),
-    "hf_sqf, 4 bits, linear layers": partial(ours, bits=4.0, embeddings=False),
-    "optimum-quanto int8": partial(quanto, bits="int8"),
-    "optimum-quanto int4": partial(quanto, bits="int4"),
-    "bitsandbytes NF4": bitsandbytes,
-    "HQQ, 4 bits": hqq,
-    "torchao int8": torchao,
+@dataclass(frozen=True)
+class Side:
+    """A way to make a model small.
+
+    Attributes:
+        make: (the original, data, a folder to keep things in) -> the model.
+        packed: whether it runs from small weights, so that its speed says something.
+    """
+
+    make: Callable[[str, Data, Path], PreTrainedModel]
+    packed: bool = True
+
+
+def _ours(bits: float, embeddings: bool, calibrated: bool = False, structure: str = "grid") -> Side:
+    return Side(lambda model, data, folder: ours(model, data, bits, embeddings, calibrated, structure=structure))
+
+
+def _dense(dtype: torch.dtype) -> Side:
+    return Side(lambda model, data, folder: AutoModelForCausalLM.from_pretrained(model, dtype=dtype))
+
+
+SIDES: dict[str, Side] = {
+    "dense float32": _dense(torch.float32),
+    "dense bfloat16": _dense(torch.bfloat16),
+    "round to nearest, 4 bits, not packed": Side(lambda model, data, folder: rounded(model), packed=False),
+    "GPTQ, 4 bits, not packed": Side(lambda model, data, folder: gptq_rounded(model, data, 4), packed=False),
+    "GPTQ, 3 bits, not packed": Side(lambda model, data, folder: gptq_rounded(model, data, 3), packed=False),
+    "hf_sqf svd, 4 bits, linear layers": _ours(4.0, False, structure="svd"),
+    "hf_sqf vq, 4 bits, linear layers": _ours(4.0, False, structure="vq"),
+    "hf_sqf, 4 bits, linear layers": _ours(4.0, False),
+    "hf_sqf, 4 bits, all weights": _ours(4.0, True),
+    "hf_sqf, 3 bits, all weights": _ours(3.0, True),
+    "hf_sqf, 2.5 bits, linear layers, calibrated": _ours(2.5, False, calibrated=True),
+    "hf_sqf, 3.2 bits, all weights, calibrated": _ours(3.2, True, calibrated=True),
+    "optimum-quanto int8": Side(lambda model, data, folder: quanto(model, "int8")),
+    "optimum-quanto int4": Side(lambda model, data, folder: quanto(model, "int4")),
+    "bitsandbytes NF4": Side(lambda model, data, folder: bitsandbytes(model)),
+    "HQQ, 4 bits": Side(lambda model, data, folder: hqq(model)),
+    "torchao int8": Side(lambda model, data, folder: torchao(model)),
+    "AutoRound, 4 bits": Side(auto_round),
+    "llm-compressor GPTQ, 4 bits": Side(llm_compressor),
+    "GPTQModel, 4 bits": Side(gptqmodel),
+    "llama.cpp": Side(lambda model, data, folder: llama_cpp(model)),
 }
 
 
@@ -113,36 +240,31 @@ def saved_bytes(model: PreTrainedModel) -> int:
     return file.tell()
 
 
-def main() -> None:
-    """Measure, print and keep the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--text", type=Path, required=True, help="to measure the KL divergence on")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--new-tokens", type=int, nargs="+", default=[32, 8], help="to generate, for each batch")
-    args = parser.parse_args()
+def last_line(errors: str) -> str:
+    """Return what a traceback ends with."""
+    lines = [line for line in errors.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "killed"
+
+
+def made(name: str, model: str, calibration: Path, text: Path, tokens: int, folder: Path, memory: Memory) -> str:
+    """Make a side's model in this process and measure it; return the row as JSON. It is saved where it can be."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    sequences = cut(args.text.read_text("utf-8"), tokenizer, 512, args.tokens)
-    models: dict[str, PreTrainedModel] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    failed: list[str] = []
-    divergence: Divergence | None = None
-    for name, load in SIDES.items():
-        started = time.perf_counter()
-        try:
-            model = load(args.model).eval()
-            seconds = time.perf_counter() - started
-            divergence = divergence or Divergence(model, sequences)
-            rows[name] = {"side": name, "MB": saved_bytes(model) / 1e6, "KL": divergence.of(model)}
-            rows[name]["load s"] = seconds
-            models[name] = model
-        except Exception as error:  # whatever another library raises is a row of the table
-            failed.append(f"{name}: did not run: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
-        print(rows.get(name, failed[-1:]), flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    data = Data(calibration.read_text("utf-8"), tokenizer)
+    started = time.perf_counter()
+    small = SIDES[name].make(model, data, folder).eval()
+    row = {"side": name, "MB": 0.0, "KL": 0.0, "seconds": time.perf_counter() - started, "peak MB": memory.peak() / 1e6}
+    row["MB"] = saved_bytes(small) / 1e6
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    row["KL"] = Divergence(original, cut(text.read_text("utf-8"), tokenizer, CONTEXT, tokens)).of(small)
+    if isinstance(getattr(small.config, "quantization_config", None), SQFConfig):
+        small.save_pretrained(folder)
+    return json.dumps(row)
+
+
+def speeds(models: dict[str, PreTrainedModel], rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+    """Add tokens a second, and ratios to dense, to the rows."""
     with torch.no_grad():  # some of the others refuse inference mode
         for batch, count in zip(args.batches, args.new_tokens, strict=True):
             ids = torch.arange(100, 116)[None].repeat(batch, 1)
@@ -155,6 +277,45 @@ def main() -> None:
             for name in models:
                 rows[name][f"tokens/s at {batch}"] = batch * count / median(wall for wall, _ in found[name])
                 rows[name][f"x dense at {batch}"] = ratios(found, "dense float32", name)[0]
+
+
+def main() -> None:
+    """Measure, print and keep the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--text", type=Path, required=True, help="to measure the KL divergence on")
+    parser.add_argument("--calibration", type=Path, required=True, help="for the sides that calibrate")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--new-tokens", type=int, nargs="+", default=[32, 8], help="to generate, for each batch")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    data = Data(args.calibration.read_text("utf-8"), AutoTokenizer.from_pretrained(args.model))
+    models: dict[str, PreTrainedModel] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.sides:
+            kept = Path(folder) / name.replace(" ", "_")
+            given = name, args.model, str(args.calibration), str(args.text), str(args.tokens), str(kept)
+            try:
+                rows[name] = in_child(CHILD, *given)
+            except subprocess.CalledProcessError as error:
+                failed.append(f"{name}: did not run: {last_line(error.stderr)}")
+                print(failed[-1], flush=True)
+                continue
+            print(rows[name], flush=True)
+            if SIDES[name].packed:
+                saved = (kept / "config.json").exists()
+                models[name] = (
+                    AutoModelForCausalLM.from_pretrained(kept, device_map="cpu")
+                    if saved
+                    else SIDES[name].make(args.model, data, kept)
+                ).eval()
+        speeds(models, rows, args)
     installed = []
     for package in PACKAGES:
         try:
@@ -162,7 +323,7 @@ def main() -> None:
         except PackageNotFoundError:
             installed.append(f"{package} not installed")
     title = f"{args.model.rstrip('/').split('/')[-1]}, {date.today()}, {platform.machine()} x {os.cpu_count()}, "
-    title += f"threads {torch.get_num_threads()}, KL on {sequences.numel()} tokens; {', '.join(installed)}\n"
+    title += f"threads {torch.get_num_threads()}, KL on {args.tokens} tokens; {', '.join(installed)}\n"
     text = "\n".join([title, table("", list(rows.values())), *failed]) + "\n"
     print(text)
     KEPT.mkdir(exist_ok=True)

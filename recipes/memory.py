@@ -11,12 +11,17 @@ from typing import Any
 
 
 def in_child(code: str, *arguments: str) -> dict[str, Any]:
-    """Run Python code in a fresh process that can import this module; return the JSON of its last line of output."""
+    """Run Python code in a fresh process that can import this module; return the JSON of its last line of output.
+
+    Raises:
+        subprocess.CalledProcessError: it ended with an error; ``stderr`` has what it wrote.
+    """
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        done.check_returncode()
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
