@@ -71,8 +71,10 @@ class Split:
         out = np.empty(self.codes.shape, np.int8)
         for rows in chunks(*self.codes.shape):
             high = self.high(rows)
-            escapes = np.where(high & 1, ODD, EVEN).astype(np.int8)
-            out[rows] = np.where(np.abs(high.astype(np.int64)) > LARGEST, escapes, high)
+            some = out[rows]
+            some[...] = high.astype(np.int8)
+            outside = (high > LARGEST) | (high < -LARGEST)  # few: they are not worth a pass over all
+            some[outside] = np.where(high[outside] & 1, ODD, EVEN)
         return out
 
     def planes(self, rows: slice, escaped: np.ndarray) -> bytes:
