@@ -130,10 +130,15 @@ def ideal_bits(
 def contexts_of(
     values: np.ndarray, row_prior: np.ndarray | None = None, col_prior: np.ndarray | None = None, trellis: int = 0
 ) -> Contexts:
-    """Return the models that :func:`encode_integers` would choose for integers (m, n), m * n > 0: prices to code by."""
+    """Return the sharpest models of integers (m, n), m * n > 0: prices to code by, of whole codes.
+
+    :func:`encode_integers` may choose others, where sharp ones do not earn what they take.
+    """
     values, _, _ = _checked(values)
-    priors = _prior(row_prior, values.shape[0]), _prior(col_prior, values.shape[1])
-    return _contexts(_plan(values, *priors, trellis, 1.0, HAVE_NUMBA)[2], *priors, trellis)
+    row_prior, col_prior = _prior(row_prior, values.shape[0]), _prior(col_prior, values.shape[1])
+    split = splits(values, trellis)[0]
+    sample = Sample(split.symbols(), split.groups, _grids(trellis), split.escape_bits, row_prior, col_prior)
+    return _contexts(fit(sample, HAVE_NUMBA, sharpest=True), row_prior, col_prior, trellis)
 
 
 def encode_integers(

@@ -183,7 +183,8 @@ def _useful_priors(codes: np.ndarray, row_prior: np.ndarray, col_prior: np.ndarr
     m = len(codes)
     if not codes.size:
         return 0
-    some = slice(0, m) if trellis else np.arange(0, m, max(1, m // _PRIOR_SAMPLE))
+    # Paths can be followed from the top alone; other rows may be picked from all over.
+    some = np.arange(min(m, _PRIOR_SAMPLE)) if trellis else np.arange(0, m, max(1, m // _PRIOR_SAMPLE))
     choices = {0}
     for flag, prior in ((_ROW_PRIOR, row_prior), (_COL_PRIOR, col_prior)):
         if len(prior) > 1 and (prior != prior[0]).any():

@@ -214,12 +214,20 @@ def _middle(values: np.ndarray) -> int:
     return int(np.partition(values, len(values) // 2)[len(values) // 2])
 
 
-def fit(sample: Sample, compiled: bool = HAVE_NUMBA) -> Plan:
-    """Return the cheapest plan found for a sample of at least one symbol."""
+def fit(sample: Sample, compiled: bool = HAVE_NUMBA, sharpest: bool = False) -> Plan:
+    """Return the cheapest plan found for a sample of at least one symbol.
+
+    Args:
+        sample: to be coded.
+        compiled: use compiled kernels; the plan is the same.
+        sharpest: store the parts of rows and columns whatever they take, and look at no other plan.
+    """
     m, n = sample.symbols.shape
     row_sums, col_sums = _marginals(sample, compiled)
     mean = np.mean([mean_magnitudes(DEFAULT_SHAPE, DEFAULT_ZERO, g) for g in sample.grids], axis=0)
     known_rows, known_cols = -sample.row_prior, -sample.col_prior
+    if sharpest:
+        return _plan(sample, *_both_parts(row_sums, col_sums, known_cols, mean), True, True, compiled)
     # With the priors alone there is one base for all, fitted to (some of) all pairs of rows and columns.
     pairs = np.add.outer(_thin(known_rows), _thin(known_cols)).reshape(-1)
     base = int(_fit_part(row_sums.sum(keepdims=True), pairs, mean, m * n / len(pairs))[0])
@@ -229,11 +237,18 @@ def fit(sample: Sample, compiled: bool = HAVE_NUMBA) -> Plan:
         cols = _fit_part(col_sums, known_rows, mean)
         plans.append(_plan(sample, rows, known_cols, True, False, compiled))
         plans.append(_plan(sample, known_rows, cols, False, True, compiled))
-        cols = _fit_part(col_sums, rows, mean)
-        rows = _fit_part(row_sums, cols, mean)
-        cols = _fit_part(col_sums, rows, mean)
-        plans.append(_plan(sample, rows, cols, True, True, compiled))
+        plans.append(_plan(sample, *_both_parts(row_sums, col_sums, known_cols, mean), True, True, compiled))
     return min(plans, key=lambda p: p.bits)
+
+
+def _both_parts(
+    row_sums: np.ndarray, col_sums: np.ndarray, known_cols: np.ndarray, mean: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows' and the columns' parts of the class, fitted to each other in turns."""
+    rows = _fit_part(row_sums, known_cols, mean)
+    cols = _fit_part(col_sums, rows, mean)
+    rows = _fit_part(row_sums, cols, mean)
+    return rows, _fit_part(col_sums, rows, mean)
 
 
 def _plan(

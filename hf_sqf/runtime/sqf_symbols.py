@@ -87,7 +87,7 @@ class Split:
 
 
 def splits(values: np.ndarray, trellis: int) -> list[Split]:
-    """Return the ways to split an array (m, n) that are worth costing.
+    """Return the ways to split an array (m, n) that are worth costing, the first of them without low parts.
 
     Raises:
         ValueError: the values are not paths of the machine of ``trellis`` states.
