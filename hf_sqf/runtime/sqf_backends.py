@@ -39,6 +39,14 @@ def choose(runtime: str, device: torch.device) -> str:
     return "int4" if HAVE_NUMBA and device.type == "cpu" else "dense"
 
 
+def keeps_bytes(data: Tensor, runtime: str) -> bool:
+    """Whether a weight's bytes are what it keeps under a runtime, so that :func:`bytes_for` has nothing to make."""
+    runtime = choose(runtime, data.device)
+    if runtime not in _RESIDENT:
+        return not is_resident(data)
+    return is_resident(data) and resident_backend(data)[0] == runtime
+
+
 def factors_in(data: Tensor, name: str = "weight") -> list[Factors]:
     """Return the factors in packed or resident bytes, on the device of the bytes.
 
@@ -84,12 +92,12 @@ def bytes_for(data: Tensor, runtime: str, name: str = "weight") -> Tensor:
         ValueError: the bytes are damaged; names the tensor.
     """
     runtime = choose(runtime, data.device)
+    if keeps_bytes(data, runtime):
+        return data
     if runtime not in _RESIDENT:
         return packed_bytes(data)
     if is_resident(data):
-        backend, size = resident_backend(data)
-        if backend == runtime:
-            return data
+        size = resident_backend(data)[1]
         matrices, weight = resident_factors(data), resident_name(data)
     else:
         found, size = records(data, name), data.numel()

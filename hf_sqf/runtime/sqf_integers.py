@@ -17,16 +17,16 @@ from torch import Tensor
 
 from .sqf_jit import HAVE_NUMBA
 from .sqf_kernels import BFLOAT16, FLOAT32, LARGEST_INT4, SLACK, Kernels, kernels
-from .sqf_vectors import INT4, INT8, INT16, NONE
+from .sqf_vectors import INT4, INT6, INT8, INT16, NONE
 
 INT32 = 32
-_DTYPES = {INT4: torch.int8, INT8: torch.int8, INT16: torch.int16, INT32: torch.int32}
-_RANGES = {INT4: LARGEST_INT4, INT8: 127, INT16: 32767}
-_REMAINDER = {INT4: 0.025, INT8: 0.01}
+_DTYPES = {INT4: torch.int8, INT6: torch.int8, INT8: torch.int8, INT16: torch.int16, INT32: torch.int32}
+_RANGES = {INT4: LARGEST_INT4, INT6: 31, INT8: 127, INT16: 32767}
+_REMAINDER = {INT4: 0.025, INT6: 0.0025, INT8: 0.01}
 """Share of codes that may go to the remainder, at four bytes each."""
 _SPARSE = 0.04
 """Share of nonzeros up to which a sparse product is the faster one."""
-FEW = {NONE: 8, INT4: 48, INT8: 48, INT16: 24, INT32: 0}
+FEW = {NONE: 8, INT4: 48, INT6: 48, INT8: 48, INT16: 24, INT32: 0}
 """Rows of input up to which multiplying the codes is faster than decoding them; recipes/speed.py measures it."""
 _TILE = 1 << 21
 """Entries that are decoded at a time: fewer make more and slower matrix products, more are new memory in each call."""
@@ -46,7 +46,7 @@ def kind_for(codes: Tensor, smallest: int, columns: int, sparse: bool = False) -
     indexed = columns <= 1 << 16
     largest = max(-int(codes.min()), int(codes.max())) if codes.numel() else 0
     nonzeros = int(torch.count_nonzero(codes))
-    for kind in (INT4, INT8, INT16):
+    for kind in (INT4, INT6, INT8, INT16):
         if kind < smallest:
             continue
         bound = _RANGES[kind]
@@ -55,7 +55,7 @@ def kind_for(codes: Tensor, smallest: int, columns: int, sparse: bool = False) -
             break
     else:
         kind = INT32
-    limit = kind / 32 if sparse else _SPARSE
+    limit = (INT8 if kind == INT6 else kind) / 32 if sparse else _SPARSE
     return NONE if indexed and largest <= 32767 and nonzeros < limit * codes.numel() else kind
 
 

@@ -10,9 +10,9 @@ dozen arrays would take as long. Whoever calls answers for the sizes.
 Output rows are shared out among the threads of the OpenMP pool that torch itself runs on (a second pool would fight
 it for the processors). Each row is summed by one thread in one order: results do not depend on their number.
 
-Where the processor multiplies bytes (AVX512-VNNI), ``x o steps`` is cut into three signed bytes (a fixed point of 23
-bits below its largest entry) and the dot products are exact integers; elsewhere, and for 16-bit codes, they are sums
-in float32. Both stay within a few 1e-7 of float64, relative to the norm of y. For more than a few rows of x, codes of
+Where the processor multiplies bytes (AVX512-VNNI, or AVX2 for codes of at most 6 bits), ``x o steps`` is cut into three
+signed bytes (a fixed point of 23 bits below its largest entry) and the dot products are exact integers; elsewhere, and
+for wider codes, they are sums in float32. Both stay within a few 1e-7 of float64, relative to the norm of y. For more than a few rows of x, codes of
 4 bits are cut in two once, and not for every four rows.
 
 Nothing here may be called where numba is missing; :mod:`sqf_integers` has a torch path.
@@ -31,10 +31,13 @@ from .sqf_jit import HAVE_NUMBA, jit
 from .sqf_tiles import byte_tile, float_tile
 from .sqf_vectors import (
     BYTE_PRODUCTS,
+    BYTE_TILE,
     INT4,
+    INT6,
     INT8,
     INT16,
     LANES,
+    LARGEST_BYTE,
     NONE,
     TALL,
     TILE,
@@ -49,7 +52,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = cfunc = types = None  # type: ignore[assignment]
 
-REVISION = 7
+REVISION = 10
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""
@@ -123,7 +126,7 @@ def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (
     """Fill the columns first..last of y."""
     call = carray(_int64(address), _CALL)
     matrix = carray(_int64(call[_MATRIX]), _FIELDS)
-    kind, m, n, batch = matrix[KIND], matrix[M], matrix[N], call[_BATCH]
+    kind, m, n, batch = INT8 if matrix[KIND] == INT6 else matrix[KIND], matrix[M], matrix[N], call[_BATCH]
     x = carray(_float32(call[_X]), (batch, call[_X_STRIDE] // 4))
     rows, bias = carray(_float32(matrix[ROWS]), m), carray(_float32(call[_BIAS]), m)
     starts, columns = carray(_int32(matrix[STARTS]), m + 1), carray(_uint16(matrix[COLUMNS]), 1)
@@ -131,7 +134,7 @@ def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (
     scales = carray(_float64(call[_SCALES]), (batch, 2))
     y, y_half = carray(_float32(call[_Y]), (batch, m)), carray(_uint16(call[_Y]), (batch, m))
     exact = call[_TASK] == _BYTES
-    most = (1 if kind == INT4 else 2) if exact else 4
+    most = (1 if kind == INT4 or BYTE_PRODUCTS < 64 else 2) if exact else 4
     z_stride, x_stride = _row_bytes(kind, n), call[_INPUT_STRIDE]
     cut = kind == INT4 and not exact and batch >= _CUT_FROM
     panel = np.zeros((last - first) * n + SLACK if cut else 0, np.int8)
@@ -147,7 +150,7 @@ def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (
         wide = most if batch - group >= most else 1
         i = first
         while i < last and kind != NONE:
-            tile = TALL if wide == 1 and not exact else TILE
+            tile = BYTE_TILE if exact else TALL if wide == 1 else TILE
             tall = tile if last - i >= tile else 1
             now = wide if tall == tile else 1
             z_start = panel.ctypes.data - first * n if cut else matrix[CODES]  # here: so the panel lives until now
@@ -214,7 +217,7 @@ def _decode_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a 
         if kind == INT4:
             _cut(carray(_int8(z), stride), octets)
             z = octets.ctypes.data
-        if kind in (INT4, INT8):
+        if kind in (INT4, INT6, INT8):
             narrow = carray(_int8(z), n)
             for k in range(n):
                 line[k] = np.float32(narrow[k])
@@ -300,7 +303,7 @@ def _fixed_point(x: Any, n: int, halved: bool, digits: Any, scale: Any) -> bool:
             middle[k] = np.int8(carried)
             high[k] = np.int8(np.int32(carried + np.int32(128)) >> np.int32(8))
     scale[0] = 1.0 / inverse if largest > 0 else 0.0
-    scale[1] = scale[0] * total * (8 if halved else 128)
+    scale[1] = scale[0] * total * (8 if halved else LARGEST_BYTE + 1)
     return True
 
 
@@ -333,7 +336,10 @@ def _multiply(  # noqa: C901 (what each kind of product needs)
     call[_MATRIX], call[_TASK], call[_Y], call[_BIAS] = descriptor, _FLOATS, y, bias
     call[_BATCH], call[_DTYPE], call[_LAST], call[_SCALES] = batch, dtype, m, scales.ctypes.data
     call[_X], call[_X_STRIDE] = scaled.ctypes.data, 4 * scaled.shape[1]
-    exact = BYTE_PRODUCTS and n <= _LONGEST and (kind == INT8 or (kind == INT4 and batch < 4))
+    if BYTE_PRODUCTS == 64:
+        exact = n <= _LONGEST and (kind in (INT6, INT8) or (kind == INT4 and batch < 4))
+    else:
+        exact = BYTE_PRODUCTS > 0 and n <= _LONGEST and kind in (INT4, INT6) and batch < 4
     plane = (width + 63) // 64 * 64 if exact else 0
     digits = np.zeros((batch, 6 if kind == INT4 else 3, plane), np.int8)
     if exact:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -29,7 +28,8 @@ from .sqf_backends import bytes_for, factors_in, matrices_in, packed_bytes
 from .sqf_config import check_runtime
 from .sqf_container import Record, records
 from .sqf_factors import Factors
-from .sqf_memory import release, trim
+from .sqf_forms import keep_all, take_form
+from .sqf_memory import release
 from .sqf_product import linear, matrix, plain, product, rows
 from .sqf_resident import is_resident, resident_backend
 from .sqf_running import Running
@@ -82,12 +82,14 @@ class SQFModule(nn.Module):
         held: name of a weight -> :class:`Held`.
         compute_dtype: dtype that the dense weights have.
         runtime: how the module runs, one of :data:`~.sqf_config.RUNTIMES`; :func:`set_runtime` changes it.
+        waiting: its bytes are still those of the file, and change when it first runs (:mod:`sqf_forms`).
     """
 
     base: type[nn.Module]
     held: dict[str, Held]
     compute_dtype: torch.dtype
     runtime: str
+    waiting: bool
     _running: dict[str, tuple[nn.Parameter, int, int | None, list[Running]]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -96,6 +98,12 @@ class SQFModule(nn.Module):
 
     def _bytes(self, name: str) -> nn.Parameter:
         return self._parameters[name + SUFFIX]  # type: ignore[return-value]  # sooner than through __getattr__
+
+    def _operand(self, name: str) -> nn.Parameter:
+        """Return the bytes for an operator; a program that is being made takes them as they are."""
+        if not torch.compiler.is_compiling() and self.waiting and not torch._C._len_torch_dispatch_stack():
+            take_form(self)
+        return self._bytes(name)
 
     def factors(self, name: str = "weight") -> list[Factors]:
         """Return the factors of a weight, decoded anew: one, or one per expert.
@@ -117,6 +125,8 @@ class SQFModule(nn.Module):
             parameter, address, version, found = known
             if parameter is data and address == data.data_ptr() and (version is None or version == data._version):
                 return found
+        if self.waiting:
+            take_form(self)
         found = matrices_in(data, self.runtime, self.compute_dtype, self.held[name].name)
         version = None if data.is_inference() else data._version
         self._running[name] = data, data.data_ptr(), version, self._checked(name, found)
@@ -160,7 +170,7 @@ class SQFModule(nn.Module):
                 before = data.detach()
                 data.data = bytes_for(before, runtime, held.name)
                 release(before)  # of a mapped file, which stays mapped as long as one of its tensors is there
-        self.runtime = runtime
+        self.runtime, self.waiting = runtime, False
         self._running.clear()
 
     def _multiply(self, x: Tensor) -> Tensor:
@@ -171,7 +181,7 @@ class SQFModule(nn.Module):
         if plain(x, bias):
             return product(self.matrices()[0], x, bias)
         m, n = self.held["weight"].matrix_shape
-        return linear(x, self._bytes("weight"), bias, m, n, self.runtime, self.compute_dtype)
+        return linear(x, self._operand("weight"), bias, m, n, self.runtime, self.compute_dtype)
 
     def _matrix(self, name: str, index: int, dtype: torch.dtype) -> Tensor:
         m, n = self.held[name].matrix_shape
@@ -304,7 +314,7 @@ class SQFEmbedding(SQFModule, nn.Embedding):
         n = self.held["weight"].matrix_shape[1]
         if plain(input):
             return self.matrices()[0].pick(input.reshape(-1).long(), self.compute_dtype).view(*input.shape, n)
-        return rows(input, self._bytes("weight"), n, self.runtime, self.compute_dtype)
+        return rows(input, self._operand("weight"), n, self.runtime, self.compute_dtype)
 
 
 class ExpertStack:
@@ -412,6 +422,7 @@ def compress_module(module: nn.Module, packed: dict[str, tuple[Held, nn.Paramete
     module.held = {name: held for name, (held, _) in packed.items()}  # type: ignore[assignment]
     module.compute_dtype = dtype  # type: ignore[assignment]
     module.runtime = "auto"  # type: ignore[assignment]
+    module.waiting = False  # type: ignore[assignment]
     module._running = {}  # type: ignore[assignment]
     module._is_hf_initialized = True  # type: ignore[assignment]
     module.__class__ = _compressed_class(base, tuple(packed))  # type: ignore[arg-type]  # classes are hashable
@@ -433,7 +444,7 @@ def decompress_module(module: SQFModule, dense: dict[nn.Parameter, nn.Parameter]
         weights[name] = dense[packed]
     for name in held:
         del module._parameters[name + SUFFIX]
-    del module.held, module.compute_dtype, module.runtime, module._running
+    del module.held, module.compute_dtype, module.runtime, module.waiting, module._running
     module.__class__ = base  # type: ignore[assignment]
     for name, weight in weights.items():
         module.register_parameter(name, weight)
@@ -451,19 +462,7 @@ def set_runtime(model: nn.Module, runtime: str) -> None:
         ValueError: there is no such runtime, or the bytes of a weight are damaged.
     """
     check_runtime(runtime)
-    alone: list[SQFModule] = []
-    tied: list[SQFModule] = []  # to one of the others, whose bytes are theirs as well
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        if isinstance(module, SQFModule):
-            parameters = {module._bytes(name) for name in module.held}
-            (tied if parameters & seen else alone).append(module)
-            seen |= parameters
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(lambda module: module.keep(runtime), alone))
-    for module in tied:
-        module.keep(runtime)
-    trim()
+    keep_all([(module, runtime) for module in model.modules() if isinstance(module, SQFModule)])
 
 
 @cache

@@ -20,8 +20,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from .sqf_config import QUANT_METHOD, SQFConfig
+from .sqf_forms import keep_later
 from .sqf_model import compressed_modules, saved_state
-from .sqf_modules import SUFFIX, Held, compress_module, decompress_module, set_runtime, weights_of
+from .sqf_modules import SUFFIX, Held, compress_module, decompress_module, weights_of
 from .sqf_size import compressed_bytes
 
 COMPANIONS: dict[str, tuple[Callable[[PreTrainedModel], None], Callable[[PreTrainedModel], None]]] = {}
@@ -124,8 +125,8 @@ def register(quantizer: type[SQFQuantizer] = SQFQuantizer) -> None:
 
 
 def settle(model: PreTrainedModel, runtime: str) -> None:
-    """Have a model that has become a compressed one run as asked for, and call the :data:`COMPANIONS` for it."""
-    set_runtime(model, runtime)
+    """Have a model that has become a compressed one run as asked for, once it runs; call the :data:`COMPANIONS`."""
+    keep_later((module for _, module in compressed_modules(model)), runtime)
     for attach, _ in COMPANIONS.values():
         attach(model)
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from .sqf_factors import Factors, Term
 from .sqf_integers import Integers, kind_for, store
 from .sqf_running import Grid, OneHot, Running, Sum, TwoFactor
-from .sqf_vectors import INT4, INT8
+from .sqf_vectors import INT4, INT6
 
 MAGIC = b"SQF-resident\0\0\0\0"
 _ALIGNED = 64
-_BACKENDS = {"int4": INT4, "int8": INT8}
+_BACKENDS = {"int4": INT4, "int8": INT6}
 _DTYPES = {str(d): d for d in (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64)}
 
 
@@ -93,7 +93,7 @@ def _record(factors: Factors, smallest: int, arrays: list[Tensor]) -> dict[str, 
             stored = {k: keep(v) for k, v in store(codes, kind).items()}
             record["codes"] = [list(codes.shape), kind, stored]
         if t.atoms is not None:
-            kind = kind_for(t.atoms, INT8, t.atoms.shape[1])
+            kind = kind_for(t.atoms, INT6, t.atoms.shape[1])
             record["atoms"] = [list(t.atoms.shape), kind, {k: keep(v) for k, v in store(t.atoms, kind).items()}]
         terms.append(record)
     return {"shape": [m, n], "structure": factors.structure, "terms": terms}

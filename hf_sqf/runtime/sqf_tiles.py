@@ -7,17 +7,17 @@ several products; what is left over is taken one by one.
 from __future__ import annotations
 
 from .sqf_jit import jit
-from .sqf_vectors import INT4, INT8, INT16, TALL, TILE, byte_dots, float_dots
+from .sqf_vectors import BYTE_TILE, INT4, INT8, INT16, TALL, TILE, byte_dots, float_dots
 
-REVISION = 7
+REVISION = 10
 """Of the vectors; see :mod:`sqf_vectors`."""
 
 _float4, _float8, _float16 = (float_dots(kind, 1, 1) for kind in (INT4, INT8, INT16))
 _float4_1, _float8_1, _float16_1 = (float_dots(kind, TALL, 1) for kind in (INT4, INT8, INT16))
 _float4_4, _float8_4, _float16_4 = (float_dots(kind, TILE, 4) for kind in (INT4, INT8, INT16))
 _byte4, _byte8 = (byte_dots(kind, 1, 1) for kind in (INT4, INT8))
-_byte4_1, _byte8_1 = (byte_dots(kind, TILE, 1) for kind in (INT4, INT8))
-_byte8_2 = byte_dots(INT8, TILE, 2)  # two rows of 4-bit codes' six planes would not fit the registers
+_byte4_1, _byte8_1 = (byte_dots(kind, BYTE_TILE, 1) for kind in (INT4, INT8))
+_byte8_2 = byte_dots(INT8, BYTE_TILE, 2)  # two rows of 4-bit codes' six planes would not fit the registers
 
 
 @jit

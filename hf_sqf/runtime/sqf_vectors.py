@@ -28,19 +28,24 @@ else:
     _named = _given if _given is not None else binding.get_host_cpu_features().flatten()
     FEATURES = {feature[1:]: feature[0] == "+" for feature in _named.split(",") if feature}
 
-NONE, INT4, INT8, INT16 = 0, 4, 8, 16
-"""Storage of a matrix's dense part."""
+NONE, INT4, INT6, INT8, INT16 = 0, 4, 6, 8, 16
+"""Storage of a matrix's dense part. INT6: a byte each, as INT8, for codes of 6 bits."""
 LANES = 16 if FEATURES.get("avx512f") else 8
 """Floats in a vector."""
 TILE = 4 if FEATURES.get("avx512f") else 3
 """Rows of codes that are multiplied with four rows of input together: as many sums as there are registers for."""
 TALL = 8
 """Rows of codes that are multiplied with one row of input together: fewer sums would wait for each other."""
+BYTE_TILE = TILE if FEATURES.get("avx512f") else TALL
+"""Rows of codes in a tile of products of bytes."""
 AHEAD = 8
 """Rows of codes between those that are multiplied and those that are fetched: short rows run into the next ones too
 soon for the processor to see them coming."""
-BYTE_PRODUCTS = bool(FEATURES.get("avx512vnni") and FEATURES.get("avx512bw"))
-"""Whether the processor has :func:`byte_dots`."""
+BYTE_PRODUCTS = 64 if FEATURES.get("avx512vnni") and FEATURES.get("avx512bw") else 32 if FEATURES.get("avx2") else 0
+"""Bytes that the processor multiplies at a time in :func:`byte_dots`; 0: it cannot."""
+LARGEST_BYTE = 127 if BYTE_PRODUCTS == 64 else 31
+"""Codes in a byte each that :func:`byte_dots` multiplies lie in [-LARGEST_BYTE, LARGEST_BYTE]: AVX2 adds up products
+in 16 bits, and four of a code of 6 bits, made unsigned, with a signed byte fit."""
 
 
 def address_as(name: str) -> Any:  # noqa: ANN401
@@ -208,10 +213,11 @@ def float_dots(kind: int, rows: int, batch: int) -> Any:  # noqa: ANN401
 
 
 def byte_dots(kind: int, rows: int, batch: int) -> Any:  # noqa: ANN401
-    """Return the dot products of ``rows`` rows of codes, made unsigned by 8 or 128, with ``batch`` rows of integers.
+    """Return the dot products of ``rows`` rows of codes, made unsigned, with ``batch`` rows of integers.
 
-    The integers come as three planes of signed digits to the base 256, least first, and for 4-bit codes as three more
-    for the columns of the high halves; ``plane`` is the planes' distance. Results: int32 (rows, batch, digits), exact.
+    Codes of 4 bits are made unsigned by 8, others by ``LARGEST_BYTE + 1``. The integers come as three planes of signed
+    digits to the base 256, least first, and for 4-bit codes as three more for the columns of the high halves; ``plane``
+    is the planes' distance, ``count`` their lines of 64 bytes. Results: int32 (rows, batch, digits), exact.
 
     Callers choose when they run, so it is compiled everywhere; without :data:`BYTE_PRODUCTS` it is empty, since LLVM
     aborts the process over an instruction that the processor does not have.
@@ -221,40 +227,78 @@ def byte_dots(kind: int, rows: int, batch: int) -> Any:  # noqa: ANN401
 
     def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
         word = ir.IntType(64)
-        quads, octets = ir.VectorType(ir.IntType(32), 16), ir.VectorType(ir.IntType(8), 64)
-        product = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(quads, [quads, octets, octets]), "llvm.x86.avx512.vpdpbusd.512"
-        )
-        zero = ir.Constant(quads, [0] * 16)
-        sums = [
-            [[cgutils.alloca_once_value(builder, zero) for _ in range(3)] for _ in range(batch)] for _ in range(rows)
-        ]
+        lanes = BYTE_PRODUCTS // 4
+        quads, octets = ir.VectorType(ir.IntType(32), lanes), ir.VectorType(ir.IntType(8), BYTE_PRODUCTS)
+        parts = [word(at) for at in range(0, 64, BYTE_PRODUCTS)]
+        x_rows = [builder.add(x, builder.mul(x_stride, word(b))) for b in range(batch)]
 
         def every(byte: int) -> Any:  # noqa: ANN401
-            return ir.Constant(octets, [byte] * 64)
+            return ir.Constant(octets, [byte] * BYTE_PRODUCTS)
 
-        z_rows = [builder.add(z, builder.mul(z_stride, word(r))) for r in range(rows)]
-        x_rows = [builder.add(x, builder.mul(x_stride, word(b))) for b in range(batch)]
-        with cgutils.for_range(builder, count) as loop:
-            at = builder.mul(loop.index, word(64))
-            ahead = builder.add(at, builder.mul(z_stride, word(AHEAD)))
-            for row in z_rows:
-                _fetch_ahead(builder, builder.add(row, ahead))
-            for half in range(2 if kind == INT4 else 1):
-                for r in range(rows):
-                    code = _load(builder, octets, builder.add(z_rows[r], at))
-                    if kind == INT4:
-                        code = builder.add(code, every(-0x78))  # 16 (h + 8) + l + 8
-                        code = builder.lshr(code, every(4)) if half else builder.and_(code, every(15))
-                    else:
-                        code = builder.xor(code, every(-0x80))
-                    for b in range(batch):
+        def sums_of(z_rows: list[Any]) -> list[Any]:
+            cells = [cgutils.alloca_once(builder, quads) for _ in range(3 * batch * len(z_rows))]
+            for cell in cells:
+                builder.store(ir.Constant(quads, [0] * lanes), cell)
+            with cgutils.for_range(builder, count) as loop:
+                at = builder.mul(loop.index, word(64))
+                ahead = builder.add(at, builder.mul(z_stride, word(AHEAD)))
+                for row in z_rows:
+                    _fetch_ahead(builder, builder.add(row, ahead))
+                free = iter(cells)
+                for row in z_rows:
+                    codes = []  # with the first plane and the part of a line that they are multiplied with
+                    for part in parts:
+                        code = _load(builder, octets, builder.add(builder.add(row, at), part))
+                        if kind == INT4:
+                            code = builder.add(code, every(0x88))  # 16 (h + 8) + l + 8
+                            codes.append((builder.and_(code, every(15)), 0, part))
+                            codes.append((builder.lshr(code, every(4)), 3, part))
+                        else:
+                            codes.append((builder.add(code, every(LARGEST_BYTE + 1)), 0, part))
+                    for x_row in x_rows:
                         for digit in range(3):
-                            offset = builder.add(builder.mul(plane, word(3 * half + digit)), at)
-                            digits = _load(builder, octets, builder.add(x_rows[b], offset))
-                            cell = sums[r][b][digit]
-                            builder.store(builder.call(product, [builder.load(cell), code, digits]), cell)
-        found = [builder.load(cell) for row in sums for cells in row for cell in cells]
-        _store_sums(builder, builder.add, found, 16, out)
+                            pairs = []
+                            for code, first, part in codes:
+                                offset = builder.add(builder.mul(plane, word(first + digit)), builder.add(at, part))
+                                pairs.append((code, _load(builder, octets, builder.add(x_row, offset))))
+                            cell = next(free)
+                            builder.store(_add_products(builder, builder.load(cell), pairs), cell)
+            return [builder.load(cell) for cell in cells]
+
+        if BYTE_PRODUCTS == 64:
+            found = sums_of([builder.add(z, builder.mul(z_stride, word(r))) for r in range(rows)])
+        else:  # too few registers for the sums of more than one row; and next to none of the processor idles for one
+            kept = cgutils.alloca_once(builder, quads, size=word(3 * batch * rows))
+            with cgutils.for_range(builder, word(rows)) as row:
+                first = builder.mul(row.index, word(3 * batch))
+                for k, found in enumerate(sums_of([builder.add(z, builder.mul(z_stride, row.index))])):
+                    builder.store(found, builder.gep(kept, [builder.add(first, word(k))]))
+            found = [builder.load(builder.gep(kept, [word(k)])) for k in range(3 * batch * rows)]
+        _store_sums(builder, builder.add, found, lanes, out)
 
     return _dots(emit)
+
+
+def _add_products(builder: Any, total: Any, pairs: list[tuple[Any, Any]]) -> Any:  # noqa: ANN401
+    """Return total, int32 (lanes), plus the products of unsigned with signed bytes, four neighbours to a lane.
+
+    AVX2 has products of bytes that are added in pairs, to 16 bits; there must be room for all the ``pairs`` in them.
+    """
+    quads, octets = total.type, pairs[0][0].type
+    if BYTE_PRODUCTS == 64:
+        product = _instruction(builder, "llvm.x86.avx512.vpdpbusd.512", quads, [quads, octets, octets])
+        for code, digits in pairs:
+            total = builder.call(product, [total, code, digits])
+        return total
+    words = ir.VectorType(ir.IntType(16), 16)
+    product = _instruction(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [octets, octets])
+    found = [builder.call(product, pair) for pair in pairs]
+    added = found[0]
+    for more in found[1:]:
+        added = builder.add(added, more)
+    wider = _instruction(builder, "llvm.x86.avx2.pmadd.wd", quads, [words, words])
+    return builder.add(total, builder.call(wider, [added, ir.Constant(words, [1] * 16)]))
+
+
+def _instruction(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:  # noqa: ANN401
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
