@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
@@ -21,6 +23,7 @@ from ..runtime.sqf_model import compressed_modules
 from ..runtime.sqf_modules import SUFFIX, SQFModule
 from ..runtime.sqf_quantizer import TRAINERS
 from ..runtime.sqf_size import compressed_bytes
+from .blockwise import distill_blocks
 from .distillation import watch
 from .factors import Options, TrainedTerm, TrainedWeight
 from .modules import PREFIX, TrainedModule, finish, start
@@ -29,6 +32,8 @@ from .resuming import Keeper
 logger = transformers_logging.get_logger("transformers.hf_sqf")  # under transformers, so that its verbosity counts
 
 MODES = ("light", "latent", "hard")
+_BLOCK_BATCHES = 16
+"""Most batches that blocks are fitted on: what a block is given for all of them is in memory."""
 
 
 class SQFCallback(TrainerCallback):
@@ -55,6 +60,10 @@ class SQFCallback(TrainerCallback):
             of the last one.
         share: most of the codes that a step may change, those first whose latents have gone furthest; on a trellis a
             few more have to go along.
+        block_steps: steps in which each block is fitted to the teacher's before training from end to end begins, on
+            batches of the training data, at the Trainer's learning rate; see :mod:`~.blockwise`. A run that resumes
+            from a checkpoint has had them.
+        teacher: the original, which blocks are fitted to; needed for ``block_steps``.
 
     Raises:
         ValueError: an option is out of range.
@@ -68,6 +77,8 @@ class SQFCallback(TrainerCallback):
         code_rate: float = 5.0,
         every: int = 8,
         share: float = 0.002,
+        block_steps: int = 0,
+        teacher: PreTrainedModel | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -82,7 +93,12 @@ class SQFCallback(TrainerCallback):
                 raise ValueError(f"{name} must be a number of {least or 'more than 0'} or more, got {value!r}")
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
             raise ValueError(f"share must lie in (0, 1], got {share!r}")
+        if isinstance(block_steps, bool) or not isinstance(block_steps, int) or block_steps < 0:
+            raise ValueError(f"block_steps must be an integer of 0 or more, got {block_steps!r}")
+        if block_steps and teacher is None:
+            raise ValueError("block_steps needs the original that blocks are fitted to: give it as teacher=")
         codes = mode != "light" and train != "light"
+        self._block_steps, self._teacher = block_steps, teacher
         self.mode, self.train = mode, train
         self._options = Options(codes, mode == "hard", int(resolution), float(code_rate), int(every), float(share))
         self._model: PreTrainedModel | None = None
@@ -197,7 +213,25 @@ class SQFCallback(TrainerCallback):
                     weight.read(module.factors(name))
             self._install()
         self._keeper.attach(kwargs["optimizer"])
+        if self._block_steps and state.global_step == 0:
+            self._fit_blocks(args, kwargs["train_dataloader"])
         self._logged = state.global_step, sum(term.changed for term in self._terms())
+
+    def _fit_blocks(self, args: TrainingArguments, data: Iterable[Mapping[str, Any]]) -> None:
+        assert self._model is not None and self._teacher is not None
+        with torch.random.fork_rng():  # as if the data had not been looked at
+            batches = [_inputs(batch) for batch in itertools.islice(data, min(self._block_steps, _BLOCK_BATCHES))]
+        self._teacher.to(self._model.device)
+        before, after = distill_blocks(
+            self._model, self._teacher, batches, self._block_steps, args.learning_rate, self._project_in
+        )
+        logger.info("Blocks fitted to the original's: mean relative error of %.4f became %.4f", before, after)
+
+    @torch.no_grad()
+    def _project_in(self, block: nn.Module, step: int) -> None:
+        inside = set(block.modules())
+        for weight in {w for module, trained in self._modules if module in inside for w in trained.values()}:
+            weight.project(step)
 
     @torch.no_grad()
     def on_optimizer_step(
@@ -251,6 +285,11 @@ class SQFCallback(TrainerCallback):
                 zeros += count * Factors((1, 1), "", (term,)).sparsity
                 codes += count
         return {"bits": bits / max(parameters, 1), "sparsity": zeros / max(codes, 1)}
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a batch without its labels."""
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor) and "label" not in name}
 
 
 def _dense_embeddings(model: PreTrainedModel) -> set[nn.Parameter]:
