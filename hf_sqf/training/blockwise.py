@@ -115,7 +115,7 @@ def _fit(
         number = step % len(given)
         args, kwargs = given[number]
         loss = relative_error(block(*args, **kwargs), expected[number], batches[number].get("attention_mask"))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         _average(parameters)
         optimizer.step()
         optimizer.zero_grad()

@@ -221,7 +221,7 @@ class SQFCallback(TrainerCallback):
         assert self._model is not None and self._teacher is not None
         with torch.random.fork_rng():  # as if the data had not been looked at
             batches = [_inputs(batch) for batch in itertools.islice(data, min(self._block_steps, _BLOCK_BATCHES))]
-        self._teacher.to(self._model.device)
+        self._teacher.to(self._model.device)  # type: ignore[arg-type]  # as transformers annotates it
         before, after = distill_blocks(
             self._model, self._teacher, batches, self._block_steps, args.learning_rate, self._project_in
         )
