@@ -49,6 +49,9 @@ def test_push(hub: HubServer, shrunk: Path, process, tmp_path: Path):
     done = process("push", shrunk, "me/small", "--private", env=env)
     assert done.stdout.startswith(f"{hub.url}/me/small/commit/")
     assert hub.repos["me/small"].private
+    done = process("push", shrunk, "me/small", "--revision", "later", "--json", env=env)
+    said = json.loads(done.stdout)
+    assert said["commit"] == hub.repos["me/small"].branches["later"] and said["url"].endswith(said["commit"])
     assert hub.files("me/small")["model.safetensors"] == (shrunk / "model.safetensors").read_bytes()
 
 
