@@ -153,7 +153,9 @@ def auto_round(model: str, data: Data, folder: Path) -> PreTrainedModel:
         model, data.tokenizer, scheme="W4A16", dataset=texts, nsamples=SAMPLES, seqlen=CONTEXT, device_map="cpu",
         iters=AUTO_ROUND_STEPS, batch_size=1,
     )  # fmt: skip
-    made.quantize_and_save(str(folder), format="auto_round")
+    parent = folder.with_name("auto_round")
+    made.quantize_and_save(str(parent), format="auto_round")
+    next(parent.rglob("config.json")).parent.rename(folder)  # it saves into a folder within, of a name of its own
     return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
 
 
@@ -320,11 +322,10 @@ def joined(before: Record | None, now: Record) -> Record:
     if BASE in now["rows"]:  # stays that of the first run; ratios are to the one of the run itself
         rows[BASE] = next((row for row in before["rows"] if row["side"] == BASE), now["rows"][BASE])
     failed = {name: error for name, error in before["failed"].items() if name not in again} | now["failed"]
-    runs = [
-        {**run, "sides": [side for side in run["sides"] if side == BASE or side not in again]} for run in before["runs"]
-    ]
+    runs = [{**run, "sides": [s for s in run["sides"] if s == BASE or s not in again]} for run in before["runs"]]
+    runs = [run for number, run in enumerate(runs) if not number or run["sides"] != [BASE]]
     return now | {
-        "runs": [*(run for run in runs if run["sides"] != [BASE]), *now["runs"]],
+        "runs": [*runs, *now["runs"]],
         "rows": [rows[name] for name in SIDES if name in rows],
         "failed": failed,
     }

@@ -274,12 +274,11 @@ def _write(out: Path, recipe: Recipe, folders: list[Path], rows: list[Row]) -> N
     made = f"{date.today()}, Python {platform.python_version()}, hf-sqf {package_version()}, "
     made += ", ".join(f"{name} {version(name)}" for name in _PACKAGES) + f", {platform.machine()}"
     asked = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    (out / "table.json").write_text(json.dumps({"made": made, "recipe": asked, "rows": rows}, indent=1) + "\n", "utf-8")
-    (out / "table.md").write_text(f"{recipe.model}\n\n{markdown(rows)}\n{made}\n", encoding="utf-8")
-    (out / "cards").mkdir(exist_ok=True)
+    whole_file(out / "table.json", json.dumps({"made": made, "recipe": asked, "rows": rows}, indent=1) + "\n")
+    whole_file(out / "table.md", f"{recipe.model}\n\n{markdown(rows)}\n{made}\n")
     for folder in folders:
         card = (folder / "README.md").read_text(encoding="utf-8")
-        (out / "cards" / f"{folder.name}.md").write_text(card, encoding="utf-8")
+        whole_file(out / "cards" / f"{folder.name}.md", card)
 
 
 def _refuse_unknown(said: dict[str, Any], known: set[str], where: str) -> None:
