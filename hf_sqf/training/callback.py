@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
@@ -18,13 +18,14 @@ from ..runtime.sqf_backends import name_in
 from ..runtime.sqf_codec import ideal_bits
 from ..runtime.sqf_factors import Factors
 from ..runtime.sqf_model import compressed_modules
-from ..runtime.sqf_modules import SUFFIX, SQFModule
+from ..runtime.sqf_modules import SUFFIX, Held, SQFModule
 from ..runtime.sqf_quantizer import TRAINERS
 from ..runtime.sqf_size import compressed_bytes
 from .distillation import watch
-from .factors import Options, TrainedTerm, TrainedWeight
+from .factors import TrainedWeight
 from .modules import PREFIX, TrainedModule, finish, start
 from .resuming import Keeper
+from .terms import Options, TrainedTerm
 
 logger = transformers_logging.get_logger("transformers.hf_sqf")  # under transformers, so that its verbosity counts
 
@@ -54,7 +55,10 @@ class SQFCallback(TrainerCallback):
         every: optimizer steps from one projection of codes on a trellis to the next. In between, the codes are those
             of the last one.
         share: most of the codes that a step may change, those first whose latents have gone furthest; on a trellis a
-            few more have to go along.
+            few more have to go along. None: all with an ``original``, else 0.002.
+        original: the model that was compressed, such as the teacher of a distillation. Latents of codes then start at
+            its weights instead of at the codes (as near as leaves the codes as they are), and training codes gets much
+            further: see :mod:`.latents`. It is left as it is, and may have any dtype.
 
     Raises:
         ValueError: an option is out of range.
@@ -67,7 +71,8 @@ class SQFCallback(TrainerCallback):
         resolution: int = 32,
         code_rate: float = 5.0,
         every: int = 8,
-        share: float = 0.002,
+        share: float | None = None,
+        original: nn.Module | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -80,11 +85,14 @@ class SQFCallback(TrainerCallback):
         for name, value, least in (("resolution", resolution, 1), ("every", every, 1), ("code_rate", code_rate, 0.0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least or value == 0:
                 raise ValueError(f"{name} must be a number of {least or 'more than 0'} or more, got {value!r}")
+        if share is None:
+            share = 0.002 if original is None else 1.0
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
             raise ValueError(f"share must lie in (0, 1], got {share!r}")
         codes = mode != "light" and train != "light"
         self.mode, self.train = mode, train
         self._options = Options(codes, mode == "hard", int(resolution), float(code_rate), int(every), float(share))
+        self._original = original
         self._model: PreTrainedModel | None = None
         self._modules: list[tuple[SQFModule, dict[str, TrainedWeight]]] = []
         self._weights: list[TrainedWeight] = []
@@ -99,7 +107,7 @@ class SQFCallback(TrainerCallback):
         """Make a compressed model trainable, in place; the Trainer's start does it.
 
         Raises:
-            ValueError: there is nothing to train.
+            ValueError: there is nothing to train, or the original is another model's.
         """
         if any(isinstance(module, TrainedModule) for module in model.modules()):
             raise ValueError("the factors of this model are being trained already, by another SQFCallback")
@@ -108,21 +116,32 @@ class SQFCallback(TrainerCallback):
             where = "" if self._pattern is None else f" whose name matches train={self.train!r}"
             raise ValueError(f"the model has no compressed weight{where}: compress it first, see hf_sqf.compress")
         known: dict[nn.Parameter, TrainedWeight] = {}
-        for _, module in found:
+        for path, module in found:
             trained = {}
             for name, held in module.held.items():
                 data: nn.Parameter = getattr(module, name + SUFFIX)
                 if data.is_meta:
                     raise ValueError(f"{held.name} is offloaded: load the model without offloading to train it")
                 if data not in known:
-                    known[data] = TrainedWeight(
-                        held.name, module.factors(name), self._options, name_in(data.detach(), held.name)
-                    )
+                    packed = name_in(data.detach(), held.name)
+                    matrices = self._matrices(held, f"{path}.{name}", packed)
+                    known[data] = TrainedWeight(held.name, module.factors(name), self._options, packed, matrices)
                 trained[name] = known[data]
             self._modules.append((module, trained))
         self._model, self._weights = model, list(known.values())
         self._keeper = Keeper(self._terms())
         self._install()
+
+    def _matrices(self, held: Held, *names: str) -> list[Tensor] | None:
+        """Return the matrices of the original's weight of one of these names, if there is an original."""
+        if self._original is None:
+            return None
+        weights = dict(self._original.named_parameters(remove_duplicate=False))
+        weight = next((weights[name] for name in names if name in weights), None)
+        if weight is None or tuple(weight.shape) != held.shape:
+            found = "none of that name" if weight is None else f"one of shape {tuple(weight.shape)}"
+            raise ValueError(f"original must have a weight {names[0]} of shape {held.shape}; it has {found}")
+        return held.matrices(weight.detach())
 
     def _takes(self, name: str, module: SQFModule) -> bool:
         return self._pattern is None or any(self._pattern.search(f"{name}.{weight}") for weight in module.held)
