@@ -81,10 +81,12 @@ def tune(folder: Path, out: Path, original: str, training: Training) -> None:
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     native = getattr(type(model), "sqf_native", type(model))
-    loss = None
+    teacher, loss = None, None
     if training.labels is not None:
         data = Labelled(training.dataset, training.labels, training.inputs)
         rows = data.examples(model, original, training.samples, training.context)
+        if training.mode != "light":  # codes start near the original's weights
+            teacher = native.from_pretrained(original, dtype=model.dtype)
     elif tokenizer is None:
         raise ValueError(f"train: no tokenizer comes with {original}; without texts, training takes labels")
     else:
@@ -98,8 +100,8 @@ def tune(folder: Path, out: Path, original: str, training: Training) -> None:
             dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         trainer = Trainer(
-            model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[SQFCallback(training.mode)],
-            compute_loss_func=loss,
+            model, arguments, train_dataset=rows, processing_class=tokenizer, compute_loss_func=loss,
+            callbacks=[SQFCallback(training.mode, original=teacher)],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)  # standard output is for tables and JSON
         trainer.train()

@@ -134,10 +134,10 @@ class SQFCallback(TrainerCallback):
 
     def _matrices(self, held: Held, *names: str) -> list[Tensor] | None:
         """Return the matrices of the original's weight of one of these names, if there is an original."""
-        if self._original is None:
+        if self._original is None or not self._options.codes:
             return None
-        weights = dict(self._original.named_parameters(remove_duplicate=False))
-        weight = next((weights[name] for name in names if name in weights), None)
+        known = (_parameter(self._original, name) for name in names)
+        weight = next((parameter for parameter in known if parameter is not None), None)
         if weight is None or tuple(weight.shape) != held.shape:
             found = "none of that name" if weight is None else f"one of shape {tuple(weight.shape)}"
             raise ValueError(f"original must have a weight {names[0]} of shape {held.shape}; it has {found}")
@@ -270,6 +270,13 @@ class SQFCallback(TrainerCallback):
                 zeros += count * Factors((1, 1), "", (term,)).sparsity
                 codes += count
         return {"bits": bits / max(parameters, 1), "sparsity": zeros / max(codes, 1)}
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        return None
 
 
 def _dense_embeddings(model: PreTrainedModel) -> set[nn.Parameter]:
