@@ -31,10 +31,11 @@ to travel half a step first.
 and dictionary had at the start: where the nearest codes cost more, cheaper ones are made nearer, until they fit; where
 none fit, the step changes no code. Scales cost a little more where they become finer than the solver's.
 
-*How many.* Latents that start at the original are all projected in every step, as is usual where weights are trained
-for quantization. Those that start at the codes reach the edges of their cells together, since Adam moves all at about
-the same speed, whatever their gradients say; and codes that change in the same step by the thousand undo one another's
-good. So without an original only those are projected that have gone furthest, a small share of all in a step.
+*How many.* Latents of scalar codes that start at the original are all projected in every step, as is usual where
+weights are trained for quantization. Those that start at the codes reach the edges of their cells together, since Adam
+moves all at about the same speed, whatever their gradients say; and codes that change in the same step by the thousand
+undo one another's good. So without an original, and on a trellis, only those are projected that have gone furthest, a
+small share of all in a step.
 
 *Codes on a trellis* (dependent quantization) are projected by Viterbi's algorithm every few steps, and stay what they
 were in between while their latents gather gradients. So they are on a path of the machine after every step, and what is

@@ -55,7 +55,7 @@ class SQFCallback(TrainerCallback):
         every: optimizer steps from one projection of codes on a trellis to the next. In between, the codes are those
             of the last one.
         share: most of the codes that a step may change, those first whose latents have gone furthest; on a trellis a
-            few more have to go along. None: all with an ``original``, else 0.002.
+            few more have to go along. None: all of scalar and one-hot codes with an ``original``, else 0.002.
         original: the model that was compressed, such as the teacher of a distillation. Latents of codes then start at
             its weights instead of at the codes (as near as leaves the codes as they are), and training codes gets much
             further: see :mod:`.latents`. It is left as it is, and may have any dtype.
@@ -85,13 +85,11 @@ class SQFCallback(TrainerCallback):
         for name, value, least in (("resolution", resolution, 1), ("every", every, 1), ("code_rate", code_rate, 0.0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least or value == 0:
                 raise ValueError(f"{name} must be a number of {least or 'more than 0'} or more, got {value!r}")
-        if share is None:
-            share = 0.002 if original is None else 1.0
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
+        if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1):
             raise ValueError(f"share must lie in (0, 1], got {share!r}")
         codes = mode != "light" and train != "light"
         self.mode, self.train = mode, train
-        self._options = Options(codes, mode == "hard", int(resolution), float(code_rate), int(every), float(share))
+        self._options = Options(codes, mode == "hard", int(resolution), float(code_rate), int(every), share)
         self._original = original
         self._model: PreTrainedModel | None = None
         self._modules: list[tuple[SQFModule, dict[str, TrainedWeight]]] = []

@@ -36,6 +36,8 @@ _SPREAD_BITS = 4.0
 _SPREAD_SHARE = 0.004
 """Most of a weight's bits that scales may take that were one before."""
 
+_SHARE = 0.002
+"""Most of the codes that a step may change where not all may."""
 _CODED = ("codes", "atoms")
 """Parameters that are latents."""
 
@@ -54,7 +56,8 @@ class Options:
         code_rate: how far codes go while the logarithm of a scale goes 1: in steps of the grid; where blocks are
             assigned to atoms, and for atoms, in units of their root mean square.
         every: optimizer steps from one projection of codes on a trellis to the next.
-        share: most of the codes that may change in one optimizer step, of those on a trellis at their own.
+        share: most of the codes that may change in one optimizer step, of those on a trellis at their own; None for
+            what suits a term.
     """
 
     codes: bool
@@ -62,7 +65,7 @@ class Options:
     resolution: int
     code_rate: float
     every: int
-    share: float
+    share: float | None
 
 
 class TrainedTerm:
@@ -94,6 +97,9 @@ class TrainedTerm:
         self.term = self._finer(term)
         self.scale = float(term.scale_value())
         self.limits = Limits.of(term, structure)
+        # On a trellis a change costs others, and prices undo what calibration made of codes that go along.
+        all_at_once = wanted is not None and not term.trellis
+        self._share = options.share or (1.0 if all_at_once else _SHARE)
         values = self._values(self.term)
         latents = dict(values)
         if wanted is not None and options.codes:
@@ -215,7 +221,7 @@ class TrainedTerm:
                     moved[name] += self._left[name]
         if not self.term.trellis or step % self.options.every == 0:
             before, steps = self.term, self.options.every if self.term.trellis else 1
-            latent = foremost(moved["codes"], self._values(before)["codes"], steps * self.options.share)
+            latent = foremost(moved["codes"], self._values(before)["codes"], steps * self._share)
             self.term = self.limits.project(self._with_scales(), latent, moved.get("atoms"))
             self.changed += int((before.codes != self.term.codes).sum())
         if self.options.hard:
