@@ -61,8 +61,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dev", type=Path, required=True, help="paragraphs of the same kind to measure on")
     parser.add_argument("--bits", type=float, default=2.0)
     parser.add_argument("--structure", default="grid")
+    parser.add_argument("--trellis", type=int, default=64, help="states of dependent quantization; 0 for none")
     parser.add_argument("--samples", type=int, default=384, help="paragraphs to calibrate on")
     parser.add_argument("--mode", default="light", choices=("light", "latent", "hard"))
+    parser.add_argument("--code-rate", type=float, default=5.0)
     parser.add_argument("--block-steps", type=int, default=0, help="steps on each block before training end to end")
     parser.add_argument("--hidden-states", type=float, default=0.0, help="weight of the hidden states in the loss")
     parser.add_argument("--steps", type=int, default=200)
@@ -81,6 +83,7 @@ def compressed_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
         config = SQFConfig(
             bits=args.bits,
             structure=args.structure,
+            trellis=args.trellis or None,
             dataset=args.calibration.read_text("utf-8").splitlines(),
             tokenizer=tokenizer,
             samples=args.samples,
@@ -124,7 +127,10 @@ def main() -> None:
             ),
             train_dataset=[dict(tokenizer(text, truncation=True, max_length=LENGTH)) for text in lines],
             data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[SQFCallback(args.mode, block_steps=args.block_steps, teacher=teacher), curve],
+            callbacks=[
+                SQFCallback(args.mode, code_rate=args.code_rate, original=teacher, block_steps=args.block_steps),
+                curve,
+            ],
             compute_loss_func=distillation_loss(teacher, hidden_states=args.hidden_states),
         )
         curve.begin()

@@ -108,11 +108,13 @@ def tune(folder: Path, out: Path, original: str, training: Training) -> None:
     model = load_compressed(folder)
     tokenizer = tokenizer_of(original, local_files_only=False)
     native = getattr(type(model), "sqf_native", type(model))
-    loss = collate = None
+    teacher = loss = collate = None
     if training.labels is not None:
         data = Labelled(training.dataset, training.labels, training.inputs)
         reader = data.reader(model, original, training.context)
         rows, collate = data.examples(model, reader, training.samples), reader.collate
+        if training.mode != "light":  # codes start near the original's weights
+            teacher = native.from_pretrained(original, dtype=model.dtype)
     elif tokenizer is None:
         raise ValueError(f"train: no tokenizer comes with {original}; without texts, training takes labels")
     else:
@@ -127,7 +129,7 @@ def tune(folder: Path, out: Path, original: str, training: Training) -> None:
         )  # fmt: skip
         trainer = Trainer(
             model, arguments, train_dataset=rows, processing_class=tokenizer, data_collator=collate,
-            callbacks=[SQFCallback(training.mode), Progress()], compute_loss_func=loss,
+            callbacks=[SQFCallback(training.mode, original=teacher), Progress()], compute_loss_func=loss,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)  # standard output is for tables and JSON
         trainer.train()

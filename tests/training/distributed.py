@@ -31,7 +31,7 @@ def main(folder: str, mode: str) -> None:
         model,
         args,
         train_dataset=rows(),
-        callbacks=[SQFCallback(mode, code_rate=60.0, every=2, block_steps=2, teacher=teacher)],
+        callbacks=[SQFCallback(mode, code_rate=60.0, every=2, block_steps=2, original=teacher)],
         compute_loss_func=distillation_loss(teacher),
     )
     assert args.world_size == 2

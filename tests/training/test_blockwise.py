@@ -46,7 +46,7 @@ def test_blocks_come_nearer_to_the_teachers(name: str):
 def test_the_trainer_begins_with_blocks(mode: str, trainer_for: MakeTrainer):
     model, teacher = compressed("llama_tied", bits=2.0), build("llama_tied")
     before = errors(model, teacher)
-    callback = SQFCallback(mode, block_steps=STEPS, teacher=teacher)
+    callback = SQFCallback(mode, block_steps=STEPS, original=teacher)
     trainer_for(model, callback, teacher, learning_rate=1e-2, max_steps=1, lr_scheduler_type="constant").train()
     after = errors(model, teacher)
     assert not any(isinstance(module, TrainedModule) for module in model.modules())
@@ -58,10 +58,10 @@ def test_a_run_that_resumes_has_had_its_blocks(trainer_for: MakeTrainer, tmp_pat
     for stop in (None, 2):
         model, teacher = compressed("llama_tied"), build("llama_tied")
         options = {"folder": f"out{stop}", "save_strategy": "steps", "save_steps": 2}
-        trainer_for(model, SQFCallback(block_steps=3, teacher=teacher), teacher, **options).train()
+        trainer_for(model, SQFCallback(block_steps=3, original=teacher), teacher, **options).train()
         if stop:
             model = compressed("llama_tied")
-            trainer = trainer_for(model, SQFCallback(block_steps=3, teacher=teacher), teacher, **options)
+            trainer = trainer_for(model, SQFCallback(block_steps=3, original=teacher), teacher, **options)
             trainer.train(resume_from_checkpoint=str(tmp_path / f"out{stop}/checkpoint-{stop}"))
         ends.append({name: value for name, value in model.state_dict().items() if name.endswith(SUFFIX)})
     assert ends[0] and all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
@@ -90,8 +90,8 @@ def test_models_without_blocks():
     ("options", "message"),
     [
         ({"block_steps": 2}, "block_steps needs the original that blocks are fitted to"),
-        ({"block_steps": -1, "teacher": torch.nn.Linear(1, 1)}, "block_steps must be an integer of 0 or more"),
-        ({"block_steps": 1.5, "teacher": torch.nn.Linear(1, 1)}, "block_steps must be an integer of 0 or more"),
+        ({"block_steps": -1, "original": torch.nn.Linear(1, 1)}, "block_steps must be an integer of 0 or more"),
+        ({"block_steps": 1.5, "original": torch.nn.Linear(1, 1)}, "block_steps must be an integer of 0 or more"),
     ],
 )
 def test_options_out_of_range(options: dict, message: str):
