@@ -37,7 +37,7 @@ _NO_LABELS = "Trainer: `compute_loss_func` is defined but `labels=None`"
 
 
 def _not_about_labels(record: logging.LogRecord) -> bool:
-    """Whether the Trainer may say it: a loss that needs no labels is not warned of at every step that there are none."""
+    """Whether the Trainer may say it: not, at every step, that there are no labels, where the loss needs none."""
     return not (len(_losses) and record.getMessage().startswith(_NO_LABELS))
 
 
