@@ -9,9 +9,11 @@ import errno
 import json
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -72,24 +74,31 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=F
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model of transformers, or its id on the Hub.")]
 Against = Annotated[str, typer.Option(metavar="MODEL", help="The original: folder or id on the Hub.")]
 Texts = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--dataset",
-        metavar="FILE",
-        exists=True,
-        dir_okay=False,
-        help="Texts, one a line, or .jsonl with a field text. Without: prose that comes with Python.",
+        metavar="FILE|HUB_ID",
+        help="Texts: a file, one a line, or .jsonl with a field text; or a data set on the Hub. "
+        "Without: prose that comes with Python.",
     ),
 ]
 Labels = Annotated[
-    str | None, typer.Option(metavar="COLUMN", help="Field of a .jsonl that holds classes: adds accuracies.")
+    str | None,
+    typer.Option(
+        metavar="COLUMN",
+        help="Field of a .jsonl or of a data set that holds classes: adds accuracies. "
+        "Of speech, the field of what is said: adds the share of words that are wrong.",
+    ),
 ]
 Inputs = Annotated[
     str | None,
     typer.Option(
-        metavar="COLUMN", help="With --labels: field of texts or of paths of pictures.", show_default="text or image"
+        metavar="COLUMN",
+        help="With --labels: field of texts, or of paths of pictures or of .wav.",
+        show_default="text, image or audio",
     ),
 ]
+Split = Annotated[str | None, typer.Option(show_default="validation", help="Of a data set on the Hub.")]
 Samples = Annotated[int | None, typer.Option(min=1, show_default="all", help="Texts to measure on, evenly spread.")]
 Context = Annotated[int | None, typer.Option(min=2, show_default="128", help="Tokens of each text.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", exists=True, file_okay=False, help="A compressed model.")]
@@ -260,6 +269,7 @@ def report(
     folder: FolderOrRepo,
     out: Annotated[Path, typer.Argument(metavar="OUT.html", help="File to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.html.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write one HTML page about a compressed model, for a browser.
 
@@ -272,13 +282,14 @@ def report(
     from hf_sqf.cli.folders import refuse_file, whole_file
     from hf_sqf.cli.showing import inspected
     from hf_sqf.hub.fetching import folder_of
-    from hf_sqf.report.accounts import code_counts
+    from hf_sqf.report.accounts import count_codes
     from hf_sqf.report.page import page
 
     refuse_file(out, ".html", force)
-    found = folder_of(folder)
-    whole_file(out, page(Path(folder).name, inspected(found), code_counts(found)))
-    say(ctx, f"{out}: a page about {folder}")
+    counts: Counter[int] = Counter()
+    figures = inspected(folder_of(folder), partial(count_codes, counts))
+    whole_file(out, page(Path(folder).resolve().name, figures, counts))
+    give({"page": str(out)}) if as_json else say(ctx, f"{out}: a page about {folder}")
 
 
 @app.command()
@@ -291,20 +302,23 @@ def evaluate(
     context: Context = None,
     labels: Labels = None,
     inputs: Inputs = None,
+    split: Split = None,
     record: Annotated[bool, typer.Option("--record", help="Write the result into config.json and the card.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure how far a compressed model lies from its original.
 
     KL divergence, perplexity and equal predictions of models that predict; cosine of outputs of others. With --labels,
-    the accuracy of a classifier, too.
+    the accuracy of a classifier, too, or the word errors of a model that writes down speech.
 
     \b
     hf-sqf evaluate small --against org/model --dataset held-out.txt
     hf-sqf evaluate small --against org/classifier --dataset held-out.jsonl --labels label --inputs sentence
+    hf-sqf evaluate small --against openai/whisper-tiny --dataset clips.jsonl --labels text
     hf-sqf evaluate small --against ./model --context 512 --record
     """
-    _measure(ctx, [model], against, dataset, samples, context, labels, inputs, record, as_json)
+    data = Data(dataset, samples, context, labels, inputs, split)
+    _measure(ctx, [model], against, data, as_json, record=record)
 
 
 @app.command()
@@ -317,6 +331,7 @@ def compare(
     context: Context = None,
     labels: Labels = None,
     inputs: Inputs = None,
+    split: Split = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png|svg", help="Draw size against quality (takes matplotlib).")
     ] = None,
@@ -327,36 +342,49 @@ def compare(
     \b
     hf-sqf compare small-4 small-3 small-2 --against org/model --dataset held-out.txt --plot sizes.svg
     """
-    _measure(ctx, models, against, dataset, samples, context, labels, inputs, False, as_json, plot)
+    data = Data(dataset, samples, context, labels, inputs, split)
+    _measure(ctx, models, against, data, as_json, plot=plot)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What models are measured on, as it was typed; None: not given."""
+
+    dataset: str | None
+    samples: int | None
+    context: int | None
+    labels: str | None
+    inputs: str | None
+    split: str | None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "labels", "split"):
+            if getattr(self, name) is not None and self.dataset is None:
+                raise typer.BadParameter(f"--{name} is of --dataset, which is missing")
+        if self.inputs is not None and self.labels is None:
+            raise typer.BadParameter("--inputs go with --labels, which is missing")
 
 
 def _measure(
     ctx: typer.Context,
     models: list[str],
     against: str,
-    dataset: Path | None,
-    samples: int | None,
-    context: int | None,
-    labels: str | None,
-    inputs: str | None,
-    record: bool,
+    data: Data,
     as_json: bool,
+    *,
+    record: bool = False,
     plot: Path | None = None,
 ) -> None:
-    for name, given in (("--samples are", samples), ("--labels are", labels)):
-        if given is not None and dataset is None:
-            raise typer.BadParameter(f"{name} taken from --dataset, which is missing")
-    if inputs is not None and labels is None:
-        raise typer.BadParameter("--inputs go with --labels, which is missing")
     from hf_sqf.cli import measuring, showing
     from hf_sqf.cli.labelled import Labelled
     from hf_sqf.report import plots
 
     if plot is not None:
         plots.refuse_plot(plot)
-    labelled = None if labels is None else Labelled(str(dataset), labels, inputs)
-    texts = dataset if labelled is None else None
-    rows = measuring.evaluate(models, against, texts, samples, context, record, labelled)
+    split = data.split or measuring.SPLIT
+    labelled = None if data.labels is None else Labelled(str(data.dataset), data.labels, data.inputs, split)
+    texts = data.dataset if labelled is None else None
+    rows = measuring.evaluate(models, against, texts, data.samples, data.context, record, labelled, split)
     if plot is not None:
         plots.save(plots.size_against_quality([plots.models(rows)], rows[0]["metric"]), plot)
     give(rows) if as_json else showing.show_rows(showing.console(ctx.obj.quiet), rows)
@@ -398,6 +426,7 @@ def export(
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(show_default="as it was saved")
     ] = None,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Write an ordinary checkpoint with the decoded weights, for programs that do not know the format.
 
@@ -413,7 +442,7 @@ def export(
     refuse_overwriting(out, force, folder)
     with whole_folder(out) as part:
         run_export(folder, part, dtype="float16" if gguf_ready else dtype)
-    say(ctx, f"{out}: an ordinary checkpoint of {folder}")
+    give({"folder": str(out)}) if as_json else say(ctx, f"{out}: an ordinary checkpoint of {folder}")
 
 
 @app.command()
@@ -424,6 +453,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Push even what the recorded fidelity refuses.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch; created where there is none.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Push a compressed model to the Hub, once its files have been looked through.
 
@@ -435,7 +465,8 @@ def push(
     """
     from hf_sqf.hub import push as run_push
 
-    say(ctx, run_push(folder, repo, force=force, private=private or None, revision=revision).commit_url)
+    done = run_push(folder, repo, force=force, private=private or None, revision=revision)
+    give({"url": done.commit_url, "commit": done.oid}) if as_json else say(ctx, done.commit_url)
 
 
 @app.command()

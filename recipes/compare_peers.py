@@ -2,14 +2,19 @@
 
     pip install -e '.[bench]'
     python recipes/compare_peers.py --text TEXT --calibration TEXT [--model HuggingFaceTB/SmolLM2-135M-Instruct]
+    python recipes/compare_peers.py ... --sides "llm-compressor GPTQ, 4 bits" --add
+
+``--add`` joins further sides to the kept tables: what takes too long for one run, or other versions of the packages, as
+llm-compressor does, which refuses the newest transformers. Every run decodes with dense float32, too, and ratios are
+to that of the same run. On CPUs GPTQModel takes ``GPTQMODEL_CPU_WORKERS=2`` in the environment.
 
 Each side makes its model in a process of its own: seconds and peak memory are those of that, from loading on, the
 side's own imports included. Bytes are those of a saved state, shared tensors once; the KL divergence is that of the
 original's predictions, in nats per token, on ``--text``. Sides that calibrate do so on ``--calibration``, 32 sequences
 of 512 tokens. Then decoding is timed, greedy, in one process: sides take turns within a repetition, speeds are medians,
 and ratios are medians of the ratios within a repetition; what is not packed is as fast as dense and takes no part. A
-side that does not run is listed with its error. Writes ``results/peers.txt`` and, for whoever wants to plot it,
-``results/peers.json``.
+side that does not run is listed with its error. Writes ``results/peers.txt`` and ``results/peers.json``, which
+``size_quality.py`` plots.
 """
 
 from __future__ import annotations
@@ -47,6 +52,11 @@ PACKAGES = (
     *("auto-round", "llmcompressor", "gptqmodel", "llama-cpp-python"),
 )
 SAMPLES, CONTEXT = 32, 512
+AUTO_ROUND_STEPS = 50
+"""Of each block; its default is 200."""
+BASE = "dense float32"
+Record = dict[str, Any]
+"""What is kept: ``measured``, the ``runs`` with their sides and versions, ``rows``, and ``failed``: side -> error."""
 CHILD = """
 import sys, time
 from memory import Memory
@@ -95,13 +105,14 @@ def bitsandbytes(model: str) -> PreTrainedModel:
 
 
 def hqq(model: str) -> PreTrainedModel:
-    """Load with HQQ, 4 bits in groups of 64."""
-    from transformers import HqqConfig
+    """Load, and replace linear layers with HQQ's own loader, 4 bits in groups of 64: transformers 5.23 refuses it."""
+    from hqq.core.quantize import BaseQuantizeConfig
+    from hqq.models.hf.base import AutoHQQHFModel
 
-    config = HqqConfig(nbits=4, group_size=64)
-    return AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, quantization_config=config, device_map="cpu"
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = BaseQuantizeConfig(nbits=4, group_size=64)
+    AutoHQQHFModel.quantize_model(loaded, quant_config=config, compute_dtype=torch.float32, device="cpu")
+    return loaded
 
 
 def torchao(model: str) -> PreTrainedModel:
@@ -131,14 +142,20 @@ def gptq_rounded(model: str, data: Data, bits: int) -> PreTrainedModel:
 
 
 def auto_round(model: str, data: Data, folder: Path) -> PreTrainedModel:
-    """Compress with AutoRound, 4 bits in groups of 128, its own defaults but for data; load what it saved."""
+    """Compress with AutoRound, 4 bits in groups of 128; load what it saved.
+
+    A quarter of its steps, one sequence each instead of eight: its defaults take hours on two cores.
+    """
     from auto_round import AutoRound
 
     texts = data.tokenizer.batch_decode(data.sequences())
     made = AutoRound(
-        model, data.tokenizer, scheme="W4A16", dataset=texts, nsamples=SAMPLES, seqlen=CONTEXT, device_map="cpu"
-    )
-    made.quantize_and_save(str(folder), format="auto_round")
+        model, data.tokenizer, scheme="W4A16", dataset=texts, nsamples=SAMPLES, seqlen=CONTEXT, device_map="cpu",
+        iters=AUTO_ROUND_STEPS, batch_size=1,
+    )  # fmt: skip
+    parent = folder.with_name("auto_round")
+    made.quantize_and_save(str(parent), format="auto_round")
+    next(parent.rglob("config.json")).parent.rename(folder)  # it saves into a folder within, of a name of its own
     return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
 
 
@@ -209,7 +226,7 @@ def _dense(dtype: torch.dtype) -> Side:
 
 
 SIDES: dict[str, Side] = {
-    "dense float32": _dense(torch.float32),
+    BASE: _dense(torch.float32),
     "dense bfloat16": _dense(torch.bfloat16),
     "round to nearest, 4 bits, not packed": Side(lambda model, data, folder: rounded(model), packed=False),
     "GPTQ, 4 bits, not packed": Side(lambda model, data, folder: gptq_rounded(model, data, 4), packed=False),
@@ -226,7 +243,7 @@ SIDES: dict[str, Side] = {
     "bitsandbytes NF4": Side(lambda model, data, folder: bitsandbytes(model)),
     "HQQ, 4 bits": Side(lambda model, data, folder: hqq(model)),
     "torchao int8": Side(lambda model, data, folder: torchao(model)),
-    "AutoRound, 4 bits": Side(auto_round),
+    f"AutoRound, 4 bits, {AUTO_ROUND_STEPS} steps": Side(auto_round),
     "llm-compressor GPTQ, 4 bits": Side(llm_compressor),
     "GPTQModel, 4 bits": Side(gptqmodel),
     "llama.cpp": Side(lambda model, data, folder: llama_cpp(model)),
@@ -276,7 +293,54 @@ def speeds(models: dict[str, PreTrainedModel], rows: dict[str, dict[str, Any]], 
             found = take_turns(calls, args.repeats)
             for name in models:
                 rows[name][f"tokens/s at {batch}"] = batch * count / median(wall for wall, _ in found[name])
-                rows[name][f"x dense at {batch}"] = ratios(found, "dense float32", name)[0]
+                rows[name][f"x dense at {batch}"] = ratios(found, BASE, name)[0]
+
+
+def measured(args: argparse.Namespace) -> str:
+    """Return what runs must have in common whose rows are to stand in one table."""
+    model, machine = args.model.rstrip("/").split("/")[-1], f"{platform.machine()} x {os.cpu_count()}"
+    return f"{model}, {machine}, threads {torch.get_num_threads()}, KL on {args.tokens} tokens"
+
+
+def this_run(sides: list[str]) -> dict[str, Any]:
+    """Return when sides were measured, and with which versions."""
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {"date": str(date.today()), "versions": installed, "sides": sides}
+
+
+def joined(before: Record | None, now: Record) -> Record:
+    """Return a record with what an earlier one has of sides that were not measured or tried again."""
+    if before is None:
+        return now | {"rows": list(now["rows"].values())}
+    again = now["runs"][0]["sides"]
+    rows = {row["side"]: row for row in before["rows"] if row["side"] not in again} | now["rows"]
+    if BASE in now["rows"]:  # stays that of the first run; ratios are to the one of the run itself
+        rows[BASE] = next((row for row in before["rows"] if row["side"] == BASE), now["rows"][BASE])
+    failed = {name: error for name, error in before["failed"].items() if name not in again} | now["failed"]
+    runs = [{**run, "sides": [s for s in run["sides"] if s == BASE or s not in again]} for run in before["runs"]]
+    runs = [run for number, run in enumerate(runs) if not number or run["sides"] != [BASE]]
+    return now | {
+        "runs": [*runs, *now["runs"]],
+        "rows": [rows[name] for name in SIDES if name in rows],
+        "failed": failed,
+    }
+
+
+def as_text(record: Record) -> str:
+    """Return the tables as they are kept; empty where a side was not measured for that."""
+    heads = list(dict.fromkeys(name for row in record["rows"] for name in row))
+    lines = [record["measured"]]
+    for run in record["runs"]:
+        versions = ", ".join(f"{package} {number}" for package, number in run["versions"].items())
+        which = "" if len(record["runs"]) == 1 else f" ({'; '.join(run['sides'])})"
+        lines.append(f"{run['date']}: {versions}{which}")
+    lines += [table("", [{name: row.get(name, "") for name in heads} for row in record["rows"]])]
+    return "\n".join(lines + [f"{name}: did not run: {error}" for name, error in record["failed"].items()]) + "\n"
 
 
 def main() -> None:
@@ -288,24 +352,30 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE")
+    parser.add_argument("--without", nargs="+", choices=SIDES, default=[], metavar="SIDE", help="leave these out")
+    parser.add_argument("--add", action="store_true", help="to what is kept, in place of the same sides there")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[32, 8], help="to generate, for each batch")
     args = parser.parse_args()
+    sides = [name for name in SIDES if name == BASE or (name in args.sides and name not in args.without)]
+    before = json.loads((KEPT / "peers.json").read_text("utf-8")) if args.add else None
+    if before is not None and before.get("measured") != measured(args):
+        parser.error(f"--add takes what was measured alike: {before.get('measured')}, now {measured(args)}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     data = Data(args.calibration.read_text("utf-8"), AutoTokenizer.from_pretrained(args.model))
     models: dict[str, PreTrainedModel] = {}
     rows: dict[str, dict[str, Any]] = {}
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.sides:
+        for name in sides:
             kept = Path(folder) / name.replace(" ", "_")
             given = name, args.model, str(args.calibration), str(args.text), str(args.tokens), str(kept)
             try:
                 rows[name] = in_child(CHILD, *given)
             except subprocess.CalledProcessError as error:
-                failed.append(f"{name}: did not run: {last_line(error.stderr)}")
-                print(failed[-1], flush=True)
+                failed[name] = last_line(error.stderr)
+                print(f"{name}: did not run: {failed[name]}", flush=True)
                 continue
             print(rows[name], flush=True)
             if SIDES[name].packed:
@@ -316,19 +386,11 @@ def main() -> None:
                     else SIDES[name].make(args.model, data, kept)
                 ).eval()
         speeds(models, rows, args)
-    installed = []
-    for package in PACKAGES:
-        try:
-            installed.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            installed.append(f"{package} not installed")
-    title = f"{args.model.rstrip('/').split('/')[-1]}, {date.today()}, {platform.machine()} x {os.cpu_count()}, "
-    title += f"threads {torch.get_num_threads()}, KL on {args.tokens} tokens; {', '.join(installed)}\n"
-    text = "\n".join([title, table("", list(rows.values())), *failed]) + "\n"
-    print(text)
+    record = joined(before, {"measured": measured(args), "runs": [this_run(sides)], "rows": rows, "failed": failed})
+    print(as_text(record))
     KEPT.mkdir(exist_ok=True)
-    (KEPT / "peers.txt").write_text(text, encoding="utf-8")
-    (KEPT / "peers.json").write_text(json.dumps({"rows": list(rows.values()), "failed": failed}, indent=1))
+    (KEPT / "peers.txt").write_text(as_text(record), encoding="utf-8")
+    (KEPT / "peers.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from calibrated_lm import Divergence, cut
@@ -41,14 +41,36 @@ from hf_sqf import SQFCallback, SQFConfig, compress, distillation_loss, size_rep
 RESULTS = Path(__file__).parent / "results"
 
 
-class Curve(TrainerCallback):
-    """Measures the divergence every few steps, and ends training when its time is up: seconds of all processors."""
+class Measure(Protocol):
+    """How far a model lies from its original."""
 
-    def __init__(self, measure: Divergence, every: int, minutes: float) -> None:
-        self.measure, self.every, self.seconds = measure, every, 60.0 * minutes
+    def of(self, model: PreTrainedModel) -> float:
+        """Return it; less is better."""
+
+
+class Curve(TrainerCallback):
+    """Measures the distance every few steps, and ends training when its time is up: seconds of all processors.
+
+    Attributes:
+        points: step, seconds and distance (``unit``) of each time.
+        spent: seconds of training so far.
+    """
+
+    def __init__(self, measure: Measure, unit: str, every: int, minutes: float) -> None:
+        self.measure, self.unit, self.every, self.seconds = measure, unit, every, 60.0 * minutes
         self.points: list[dict[str, float]] = []
         self.spent = 0.0
         self._since = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count what came before this callback's turn: blocks that were fitted."""
+        self.spent += time.process_time() - self._since if self._since else 0.0
+
+    def begin(self) -> None:
+        """Start the clock before training starts."""
+        self._since = time.process_time()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,7 +86,7 @@ class Curve(TrainerCallback):
             model = kwargs["model"].eval()
             with torch.no_grad():
                 nats = self.measure.of(model)
-            self.points.append({"step": state.global_step, "seconds": round(self.spent, 1), "kl": nats})
+            self.points.append({"step": state.global_step, "seconds": round(self.spent, 1), self.unit: nats})
             print(self.points[-1], flush=True)
         control.should_training_stop = control.should_training_stop or late
 
@@ -80,11 +102,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trellis", type=int, default=64, help="states of dependent quantization; 0 for none")
     parser.add_argument("--mode", default="light", choices=("light", "latent", "hard"))
     parser.add_argument("--code-rate", type=float, default=5.0)
-    parser.add_argument("--share", type=float, default=0.002, help="most of the codes that a step may change")
+    parser.add_argument("--share", type=float, help="most of the codes that a step may change; without, all")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=70)
     parser.add_argument("--minutes", type=float, default=90.0, help="of processor time that training may take at most")
     parser.add_argument("--embedding-rate", type=float, default=0.0, help="learning rate of the dense embeddings")
+    parser.add_argument("--block-steps", type=int, default=0, help="steps on each block before training end to end")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2, help="sequences a step")
     parser.add_argument("--samples", type=int, default=32, help="sequences to calibrate on")
@@ -128,16 +151,16 @@ def with_embeddings(trainer: Trainer, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=trainer.args.learning_rate, weight_decay=0.0)
 
 
-def draw(points: list[dict[str, float]], title: str, path: Path) -> None:
-    """Draw the divergence against steps."""
+def draw(points: list[dict[str, float]], unit: str, label: str, title: str, path: Path) -> None:
+    """Draw the distance against steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    axes.plot([p["step"] for p in points], [p["kl"] for p in points], marker="o")
-    axes.set(xlabel="optimizer steps", ylabel="KL divergence, nats per token", title=title, ylim=(0, None))
+    axes.plot([p["step"] for p in points], [p[unit] for p in points], marker="o")
+    axes.set(xlabel="optimizer steps", ylabel=label, title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -155,7 +178,7 @@ def main() -> None:
     print(f"{size.bits_per_weight:.3f} bits, {size.total_bytes:,} bytes, KL {before:.4f}", flush=True)
 
     sequences: Tensor = cut(args.calibration.read_text("utf-8"), tokenizer, args.context, 1 << 30)
-    curve = Curve(some, args.every, args.minutes)
+    curve = Curve(some, "kl", args.every, args.minutes)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
@@ -172,11 +195,21 @@ def main() -> None:
                 use_cpu=True,
             ),
             train_dataset=[{"input_ids": ids, "labels": ids} for ids in sequences],
-            callbacks=[SQFCallback(args.mode, code_rate=args.code_rate, share=args.share), curve],
+            callbacks=[
+                SQFCallback(
+                    args.mode,
+                    code_rate=args.code_rate,
+                    share=args.share,
+                    original=teacher,
+                    block_steps=args.block_steps,
+                ),
+                curve,
+            ],
             compute_loss_func=distillation_loss(teacher),
         )
         if args.embedding_rate:
             trainer.optimizer = with_embeddings(trainer, args.embedding_rate)
+        curve.begin()
         trainer.train()
         trainer.save_model(folder)
         small = AutoModelForCausalLM.from_pretrained(folder)
@@ -205,7 +238,7 @@ def main() -> None:
     keep.parent.mkdir(exist_ok=True)
     keep.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     title = f"{record['model']}, {tuned.bits_per_weight:.2f} bits, {args.mode}: {before:.3f} to {after:.3f}"
-    draw(record["curve"], title, keep.with_suffix(".png"))
+    draw(record["curve"], "kl", "KL divergence, nats per token", title, keep.with_suffix(".png"))
     print(f"KL {before:.4f} to {after:.4f}, {size.total_bytes:,} to {tuned.total_bytes:,} bytes, {steps} steps")
 
 

@@ -102,7 +102,8 @@ def train(
             use_cpu=True,
         )  # fmt: skip
         trainer = Trainer(
-            model, arguments, train_dataset=rows, data_collator=collate, callbacks=[SQFCallback(**how)],
+            model, arguments, train_dataset=rows, data_collator=collate,
+            callbacks=[SQFCallback(**how, original=teacher)],
             compute_loss_func=distillation_loss(teacher),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)

@@ -52,7 +52,9 @@ def without_data(record: dict[str, list[dict[str, float | str]]]) -> list[Series
     """Return megabytes and KL of ``results/peers.json``, ours first; without what is not smaller than the original."""
     dense = max(float(row["MB"]) for row in record["rows"])
     small = [row for row in record["rows"] if float(row["MB"]) < dense]
-    mine = sorted((row for row in small if str(row["side"]).startswith(_OURS)), key=lambda row: float(row["MB"]))
+    # A line joins what differs in size alone; other structures, and what was calibrated, are points of their own.
+    line = [r for r in small if str(r["side"]).startswith(f"{_OURS}, ") and "calibrated" not in str(r["side"])]
+    mine = sorted(line, key=lambda row: float(row["MB"]))
     labels = [str(row["side"]).removeprefix(f"{_OURS}, ") for row in mine]
     ours = Series("", [float(r["MB"]) for r in mine], [float(r["KL"]) for r in mine], [f"{_OURS}, {s}" for s in labels])
     others = [Series(str(r["side"]), [float(r["MB"])], [float(r["KL"])]) for r in small if r not in mine]

@@ -84,6 +84,7 @@ def module_of(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # where dataclasses look up their annotations
     sys.path.insert(0, str(file.parent))
     try:
         spec.loader.exec_module(module)

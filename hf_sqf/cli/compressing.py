@@ -9,7 +9,8 @@ from typing import Any
 
 from ..compress.companions import beside_weights, carry_files
 from ..compress.ranks import Ranks
-from ..hub.card import megabytes, write_card
+from ..hub.card import write_card
+from ..report.accounts import megabytes
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_size import file_bytes
 from .folders import refuse_overwriting, whole_folder

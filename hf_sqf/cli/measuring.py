@@ -11,7 +11,6 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from ..compress.calibration_data import spread
 from ..compress.companions import beside_weights
 from ..hub.card import write_card
 from ..hub.checking import CONTEXT, check, tokenizer_of
@@ -20,8 +19,11 @@ from ..runtime.sqf_size import file_bytes
 from .folders import whole_file
 from .labelled import Labelled
 from .originals import auto_class_for, card_of, ordinary_config
-from .texts import read_texts
+from .speech import forced, word_error_rate
+from .texts import held_out_texts
 
+SPLIT = "validation"
+"""Of a data set on the Hub, to measure on."""
 Row = dict[str, Any]
 """One model's figures: ``model``, ``bytes``, ``bits_per_weight``, and what :func:`hf_sqf.hub.check` measures."""
 
@@ -29,23 +31,26 @@ Row = dict[str, Any]
 def evaluate(
     models: Iterable[str],
     against: str,
-    dataset: Path | None = None,
+    dataset: str | None = None,
     samples: int | None = None,
     context: int | None = None,
     record: bool = False,
     labelled: Labelled | None = None,
+    split: str = SPLIT,
 ) -> list[Row]:
     """Measure how far compressed models lie from the original that they were all made from.
 
     Args:
         models: folders or ids on the Hub.
         against: the original's folder or id.
-        dataset: texts, one a line; by default prose that comes with Python, and random inputs for models that no
-            tokenizer comes with.
-        samples: how many of the texts, evenly spread; by default all.
+        dataset: a file of texts, one a line, or the id of a data set on the Hub; by default prose that comes with
+            Python, and random inputs for models that no tokenizer comes with.
+        samples: how many of a file's texts, evenly spread, or the first of a data set; by default all.
         context: tokens of each text.
         record: write the result into each folder's config.json and card.
-        labelled: data with classes, in place of texts: the first ``samples`` of it. Adds accuracies.
+        labelled: data with classes, or speech with what is said, in place of texts: the first ``samples`` of it. Adds
+            accuracies, or the share of words that are wrong.
+        split: of a data set on the Hub.
 
     Raises:
         ValueError: one of them is not compressed, the original is, an output is not finite, or labels do not fit.
@@ -54,14 +59,12 @@ def evaluate(
     if record and (repos := [model for model in models if not Path(model).is_dir()]):
         raise ValueError(f"results are recorded in folders, and {repos[0]} is none")
     ordinary_config(against)
-    texts = None if dataset is None else read_texts(dataset)
-    if texts is not None and samples is not None:
-        texts = spread(texts, samples)
-    name = None if dataset is None else dataset.name
-    if labelled is not None:
-        name = Path(labelled.dataset).name if Path(labelled.dataset).is_file() else labelled.dataset
-    inputs: list[dict[str, Tensor]] | None = None
+    texts = None if dataset is None else held_out_texts(dataset, split, samples)
+    source = dataset if labelled is None else labelled.dataset
+    name = Path(source).name if source is not None and Path(source).is_file() else source
+    data: list[dict[str, Tensor]] | None = None
     originals: dict[tuple[type, str], PreTrainedModel] = {}
+    original_errors: dict[tuple[type, str], float] = {}
     rows = []
     for model in models:
         folder = folder_of(model)
@@ -71,9 +74,16 @@ def evaluate(
         if key not in originals:
             originals[key] = native.from_pretrained(against, dtype=compressed.dtype)
         tokenizer = tokenizer_of(against, local_files_only=False) or tokenizer_of(str(folder))
-        if labelled is not None and inputs is None:
-            inputs = labelled.batches(originals[key], against, samples, context or CONTEXT)
+        if labelled is not None and data is None:
+            data = labelled.batches(originals[key], against, samples, context or CONTEXT)
+        speech = data is not None and compressed.main_input_name == "input_features"
+        inputs = [forced(batch, compressed) for batch in data] if data is not None and speech else data
         found = check(compressed, originals[key], texts, tokenizer, inputs, name=name, context=context or CONTEXT)
+        if data is not None and speech:
+            if key not in original_errors:
+                original_errors[key] = word_error_rate(originals[key], data, against)
+            found["word_error_rate"] = word_error_rate(compressed, data, against)
+            found["original_word_error_rate"] = original_errors[key]
         if record:
             record_fidelity(folder, found, card_of(beside_weights(against)))
         bits = compressed.config.quantization_config.coverage["bits"]

@@ -22,7 +22,7 @@ from ..runtime.sqf_config import SQFConfig
 from .compressing import compress, sqf_config
 from .folders import refuse_overwriting, whole_file
 from .labelled import Labelled
-from .measuring import Row, evaluate
+from .measuring import SPLIT, Row, evaluate
 from .originals import auto_class_for, ordinary_config
 from .showing import markdown
 from .tuning import Training, tune
@@ -51,9 +51,10 @@ class Recipe:
         compressions: each the fields of an SQFConfig, and a ``name``, which its folder gets. Or, in place of an
             SQFConfig, ``from``, the name of one above, and ``train``, the fields of a
             :class:`hf_sqf.cli.tuning.Training`: that model, its factors trained.
-        evaluations: each ``dataset`` (a file of texts; without, prose that comes with Python), ``samples`` and
-            ``context``. With ``labels``, the fields of a :class:`hf_sqf.cli.labelled.Labelled`, too, which tell
-            accuracies; the split is ``validation`` unless it is named. The first is written into the cards.
+        evaluations: each ``dataset`` (a file of texts or the id of a data set on the Hub; without, prose that comes
+            with Python), its ``split`` (``validation`` unless it is named), ``samples`` and ``context``. With
+            ``labels``, the fields of a :class:`hf_sqf.cli.labelled.Labelled`, too, which tell accuracies or word
+            errors. The first is written into the cards.
         dataset: calibration data of all compressions that name none: a file, an id on the Hub, or ``self``.
         dtype: that the weights are loaded in.
         auto_class: that loads the model; by default told from its config.
@@ -96,8 +97,8 @@ class Recipe:
         for entry in self.evaluations:
             if "labels" in entry and not isinstance(entry.get("dataset"), str):
                 raise ValueError("evaluations: labels are those of a dataset, which is missing")
-            if "labels" not in entry and entry.keys() & {"inputs", "split"}:
-                raise ValueError("evaluations: inputs and split go with labels")
+            if "labels" not in entry and "inputs" in entry:
+                raise ValueError("evaluations: inputs go with labels")
 
     def names(self) -> list[str]:
         """Return the name of each compression, which is that of its folder."""
@@ -214,10 +215,11 @@ def run(recipe: Recipe, force: bool = False) -> list[Row]:
             if (row := done.row(name, key)) is None:
                 labelled = None
                 if "labels" in asked:
-                    labelled = Labelled(**{"split": "validation"} | {k: asked[k] for k in _LABELLED & asked.keys()})
-                texts = Path(file) if file is not None and labelled is None else None
-                options = texts, asked.get("samples"), asked.get("context"), number == 0, labelled
-                (row,) = evaluate([str(out / name)], recipe.model, *options)
+                    labelled = Labelled(**{"split": SPLIT} | {k: asked[k] for k in _LABELLED & asked.keys()})
+                texts = file if labelled is None else None
+                measured = texts, asked.get("samples"), asked.get("context"), number == 0, labelled
+                split = asked.get("split", SPLIT)
+                (row,) = evaluate([str(out / name)], recipe.model, *measured, split=split)
                 row["model"] = name
                 done.keep_row(name, key, row)
             rows.append(row)
@@ -272,12 +274,11 @@ def _write(out: Path, recipe: Recipe, folders: list[Path], rows: list[Row]) -> N
     made = f"{date.today()}, Python {platform.python_version()}, hf-sqf {package_version()}, "
     made += ", ".join(f"{name} {version(name)}" for name in _PACKAGES) + f", {platform.machine()}"
     asked = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    (out / "table.json").write_text(json.dumps({"made": made, "recipe": asked, "rows": rows}, indent=1) + "\n", "utf-8")
-    (out / "table.md").write_text(f"{recipe.model}\n\n{markdown(rows)}\n{made}\n", encoding="utf-8")
-    (out / "cards").mkdir(exist_ok=True)
+    whole_file(out / "table.json", json.dumps({"made": made, "recipe": asked, "rows": rows}, indent=1) + "\n")
+    whole_file(out / "table.md", f"{recipe.model}\n\n{markdown(rows)}\n{made}\n")
     for folder in folders:
         card = (folder / "README.md").read_text(encoding="utf-8")
-        (out / "cards" / f"{folder.name}.md").write_text(card, encoding="utf-8")
+        whole_file(out / "cards" / f"{folder.name}.md", card)
 
 
 def _refuse_unknown(said: dict[str, Any], known: set[str], where: str) -> None:

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
-from ..hub.card import megabytes
+from ..report.accounts import facts, megabytes
 from ..report.fidelity import HEADINGS
-from ..runtime.sqf_size import SizeReport, size_report
+from ..runtime.sqf_size import SizeReport, Visit, size_report
 
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 _BAR = 24  # characters of the longest bar
@@ -35,8 +35,12 @@ def console(quiet: bool = False) -> Console:
     return made if made.is_terminal else Console(quiet=quiet, highlight=False, width=_WIDE)
 
 
-def inspected(folder: Path) -> dict[str, Any]:
+def inspected(folder: Path, visit: Visit | None = None) -> dict[str, Any]:
     """Return a compressed model's accounts, as ``size_report`` gives them, with its coverage and fidelity.
+
+    Args:
+        folder: of the model.
+        visit: called with the factors of every weight.
 
     Raises:
         FileNotFoundError: the folder holds no safetensors.
@@ -45,29 +49,16 @@ def inspected(folder: Path) -> dict[str, Any]:
     asked = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
     if asked.get("quant_method") != "sqf":
         raise ValueError(f"{folder} does not hold a model compressed by hf_sqf")
-    figures: dict[str, Any] = json.loads(size_report(folder).to_json())
+    figures: dict[str, Any] = json.loads(size_report(folder, visit).to_json())
     return {**figures, "coverage": asked.get("coverage"), "fidelity": asked.get("fidelity")}
 
 
 def show_inspected(out: Console, folder: Path, figures: dict[str, Any], each_weight: bool = False) -> None:
     """Print what :func:`inspected` returned: sizes, structures, coverage, and bits per weight of each layer."""
-    report = SizeReport(figures["total_bytes"], figures["rows"])
-    packed = report.compressed_rows
-    out.print(f"[bold]{folder}[/bold]: {megabytes(report.total_bytes)}, {report.bits_per_weight:.3f} bits per weight")
-    for structure in sorted({row["structure"] for row in packed}):
-        rows = [row for row in packed if row["structure"] == structure]
-        out.print(f"  {structure}: {len(rows)} weights, {megabytes(sum(row['bytes'] for row in rows))}")
-    dense = [row for row in report.rows if row["structure"] == "dense"]
-    out.print(f"  dense: {len(dense)} tensors, {megabytes(sum(row['bytes'] for row in dense))}")
-    coverage = figures["coverage"] or {}
-    if coverage.get("parameters"):
-        share = 100 * coverage["compressed"] / coverage["parameters"]
-        out.print(f"  compressed: {share:.2f} % of {coverage['parameters']:,} parameters")
-    for name, reason in (coverage.get("dense") or {}).items():
-        out.print(f"  left as it is: {name} ({reason})")
-    if figures["fidelity"]:
-        found = figures["fidelity"]
-        out.print(f"  {HEADINGS['value'][found['metric']]} to the original: {found['value']:.4g}, on {found['name']}")
+    packed = SizeReport(figures["total_bytes"], figures["rows"]).compressed_rows
+    out.print(f"[bold]{folder}[/bold]")
+    for name, value in facts(figures):
+        out.print(f"  {name}: {value}")
     table = Table("weight" if each_weight else "layer", *_right("parameters", "zeros", "bits per weight"), "")
     groups = [(row["name"], [row]) for row in packed] if each_weight else layers(packed)
     widths = {name: 8 * sum(r["bytes"] for r in rows) / sum(r["parameters"] for r in rows) for name, rows in groups}
@@ -122,7 +113,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def _figure(name: str, row: dict[str, Any]) -> str:
     if name not in row:
         return ""
-    if name == "agreement":
+    if name == "agreement" or name.endswith("word_error_rate"):
         return f"{row[name]:.1%}"
     return f"{row[name]:.4f}" if row["metric"] == "cosine" else f"{row[name]:.4g}"
 

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging as transformers_logging
 
 from ..compress.calibration_data import SELF, calibration
 from ..compress.companions import beside_weights, carry_files
@@ -36,8 +46,9 @@ class Training:
         samples: inputs, at most.
         dataset: a file of texts, the id of a data set on the Hub, or ``self``, as for calibration. With ``labels``: a
             ``.jsonl`` file or an id.
-        labels: the column of the data that holds classes. Without, the original is the teacher.
-        inputs: the column that holds texts or pictures, with ``labels``; None for ``text`` or ``image``.
+        labels: the column of the data that holds classes, or what is said. Without, the original is the teacher.
+        inputs: the column that holds texts, pictures or sounds, with ``labels``; None for ``text``, ``image`` or
+            ``audio``.
     """
 
     steps: int = 100
@@ -63,6 +74,24 @@ class Training:
             raise ValueError("train: labels are those of a dataset, which is missing")
 
 
+class Progress(TrainerCallback):
+    """A bar on standard error: the Trainer's own writes to standard output, too, which is for tables and JSON."""
+
+    bar: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Begin."""
+        self.bar = transformers_logging.tqdm(total=state.max_steps, desc="Training", delay=2.0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Count a step."""
+        self.bar.update()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """End."""
+        self.bar.close()
+
+
 def tune(folder: Path, out: Path, original: str, training: Training) -> None:
     """Train the factors of a compressed model, and save it. ``out`` is written whole or not at all.
 
@@ -78,13 +107,14 @@ def tune(folder: Path, out: Path, original: str, training: Training) -> None:
     """
     model = load_compressed(folder)
     tokenizer = tokenizer_of(original, local_files_only=False)
-    if tokenizer is not None and tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     native = getattr(type(model), "sqf_native", type(model))
-    loss = None
+    teacher = loss = collate = None
     if training.labels is not None:
         data = Labelled(training.dataset, training.labels, training.inputs)
-        rows = data.examples(model, original, training.samples, training.context)
+        reader = data.reader(model, original, training.context)
+        rows, collate = data.examples(model, reader, training.samples), reader.collate
+        if training.mode != "light":  # codes start near the original's weights
+            teacher = native.from_pretrained(original, dtype=model.dtype)
     elif tokenizer is None:
         raise ValueError(f"train: no tokenizer comes with {original}; without texts, training takes labels")
     else:
@@ -98,8 +128,8 @@ def tune(folder: Path, out: Path, original: str, training: Training) -> None:
             dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         trainer = Trainer(
-            model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[SQFCallback(training.mode)],
-            compute_loss_func=loss,
+            model, arguments, train_dataset=rows, processing_class=tokenizer, data_collator=collate,
+            callbacks=[SQFCallback(training.mode, original=teacher), Progress()], compute_loss_func=loss,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)  # standard output is for tables and JSON
         trainer.train()

@@ -45,6 +45,13 @@ class Replay:
         self._ends = set(itertools.accumulate(len(stack) for stack in stacks))
         self._folder = tempfile.TemporaryDirectory(prefix="sqf-blocks-")
 
+    def _file(self, index: int, key: str | int) -> Path:
+        return Path(self._folder.name) / f"{index}.{key}.safetensors"
+
+    def output(self, index: int, key: str | int) -> Tensor:
+        """Return what block ``index`` gave for a batch; kept until the second block after it had its turn."""
+        return _read(self._file(index, key))
+
     @contextmanager
     def at(self, index: int) -> Iterator[Callable[[str | int, Batch], Any]]:
         """Yield a function that runs batches through block ``index``: (a name for the batch, batch) -> None.
@@ -55,7 +62,7 @@ class Replay:
         current: str | int = 0  # the batch
 
         def kept(position: int) -> Path:
-            return Path(self._folder.name) / f"{position}.{current}.safetensors"
+            return self._file(position, current)
 
         def run(key: str | int, batch: Batch) -> Any:  # noqa: ANN401
             nonlocal current
@@ -88,7 +95,11 @@ def _given(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
 
 
 def _recall(kept: Callable[[], Path], *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
-    return load_file(kept())["states"].to(_given(*args, **kwargs).device)
+    return _read(kept()).to(_given(*args, **kwargs).device)
+
+
+def _read(file: Path) -> Tensor:
+    return load_file(file)["states"]
 
 
 def _stop(forward: Callable[..., Tensor], kept: Callable[[], Path], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401

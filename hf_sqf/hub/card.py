@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto import modeling_auto
 
+from ..report.accounts import megabytes
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_modules import SUFFIX
 from ..runtime.sqf_size import entry_bytes, file_bytes, header_of
@@ -24,6 +25,7 @@ from ..runtime.sqf_size import entry_bytes, file_bytes, header_of
 MARKER = "<!-- Written by hf_sqf, which renews it. Remove this line to keep your changes. -->"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _CARRIED = ("language", "license", "license_name", "license_link", "pipeline_tag", "datasets")
+_METRIC_TYPES = {"word_error_rate": "wer"}  # as the Hub names metrics
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -161,6 +163,8 @@ def _results(config: SQFConfig, task: str) -> Iterator[EvalResult]:
         "value": {"kl": "KL divergence from the original (nats)", "cosine": "cosine with the original"},
         "agreement": {"kl": "same most likely prediction as the original"},
         "perplexity": {"kl": "perplexity"},
+        "accuracy": {"kl": "accuracy"},
+        "word_error_rate": {"kl": "word error rate"},
     }
     for field, of_metric in names.items():
         metric = str(found.get("metric"))
@@ -169,7 +173,7 @@ def _results(config: SQFConfig, task: str) -> Iterator[EvalResult]:
                 task_type=task,
                 dataset_type="text",
                 dataset_name=str(found.get("name")),
-                metric_type=metric if field == "value" else field,
+                metric_type=_METRIC_TYPES.get(field, metric if field == "value" else field),
                 metric_name=of_metric[metric],
                 metric_value=found[field],
             )
@@ -196,8 +200,3 @@ def _facts(folder: Path, config: SQFConfig, dtype: str) -> dict[str, Any]:
         "coverage": f"{100 * compressed / total:.2f} % of {total:,}" if total else "?",
         "dense": coverage.get("dense") or {},
     }
-
-
-def megabytes(size: int) -> str:
-    """Return a size in bytes as text, in units of 10^6 or 10^9."""
-    return f"{size / 1e6:,.2f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from ..report.fidelity import TEXTS, Inputs, compare, default_texts, random_inputs, text_inputs
+from ..report.fidelity import TEXTS, Inputs, compare, default_texts, padding, random_inputs, text_inputs
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_modules import SUFFIX
 
@@ -134,11 +134,11 @@ def _load(model: PreTrainedModel, where: str) -> PreTrainedModel:
 
 
 def tokenizer_of(where: str, local_files_only: bool = True) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer that lies with a model, in its folder or under its id on the Hub, or None."""
+    """Return the tokenizer that lies with a model, in its folder or under its id on the Hub, able to pad; or None."""
     if not where:
         return None
     # Where there is none, transformers makes one up for many kinds of models, with special tokens and nothing else.
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if cached_file(where, "tokenizer_config.json", local_files_only=local_files_only, **quiet) is None:
         return None
-    return AutoTokenizer.from_pretrained(where, local_files_only=local_files_only)
+    return padding(AutoTokenizer.from_pretrained(where, local_files_only=local_files_only))

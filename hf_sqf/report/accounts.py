@@ -1,16 +1,16 @@
-"""What the page and the plots show of a compressed model: bits by layer, and how often each code occurs."""
+"""What the command line, the page and the plots show of a model: facts, bits by layer, how often each code occurs."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
-
-from ..runtime.sqf_container import records
-from ..runtime.sqf_modules import SUFFIX
+from ..runtime.sqf_factors import Factors
+from ..runtime.sqf_size import SizeReport, size_report
+from .fidelity import HEADINGS
 
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<name>.*)$")
 _LARGEST = 8  # codes further from zero are counted together
@@ -58,6 +58,36 @@ def bits_by_layer(rows: list[dict[str, Any]]) -> BitsByLayer:
     return BitsByLayer([f"{stack}.{index}" for (stack, index), _ in ordered], weights, bits, others)
 
 
+def facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what there is to say of a model as a whole, as names and values.
+
+    Args:
+        figures: ``size_report(folder).to_json()``, read, with ``coverage`` and ``fidelity`` of the model's config.
+    """
+    report, coverage = SizeReport(figures["total_bytes"], figures["rows"]), figures["coverage"] or {}
+    found = [("files", megabytes(report.total_bytes)), ("bits per weight", f"{report.bits_per_weight:.3f}")]
+    groups: dict[str, list[int]] = {}
+    for row in report.rows:
+        groups.setdefault(row["structure"], []).append(row["bytes"])
+    groups.pop("file headers", None)
+    dense = groups.pop("dense", [])
+    found += [(name, f"{len(sizes)} weights, {megabytes(sum(sizes))}") for name, sizes in sorted(groups.items())]
+    found.append(("dense", f"{len(dense)} tensors, {megabytes(sum(dense))}"))
+    if count := coverage.get("parameters"):
+        found.append(("compressed", f"{100 * coverage['compressed'] / count:.2f} % of {count:,} parameters"))
+        times = 2 * count / report.total_bytes
+        found.append(("in 16 bits", f"{megabytes(2 * count)}, {times:.1f} times as much"))
+    if fidelity := figures["fidelity"]:
+        heading = f"{HEADINGS['value'][fidelity['metric']]} to the original"
+        found.append((heading, f"{fidelity['value']:.4g}, on {fidelity['name']}"))
+    return found + [("left as it is", f"{name} ({reason})") for name, reason in (coverage.get("dense") or {}).items()]
+
+
+def megabytes(size: int) -> str:
+    """Return a size in bytes as text, in units of 10^6 or 10^9."""
+    return f"{size / 1e6:,.2f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"
+
+
 def code_counts(folder: Path) -> Counter[int]:
     """Return how often each code of the factors occurs in a compressed model; indices of codebooks do not count.
 
@@ -68,17 +98,16 @@ def code_counts(folder: Path) -> Counter[int]:
         ValueError: a weight is damaged; names it.
     """
     counts: Counter[int] = Counter()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                if not name.endswith(SUFFIX):
-                    continue
-                for record in records(tensors.get_tensor(name), name):
-                    for term in record.factors().terms:
-                        if not term.one_hot:
-                            values, found = term.codes.unique(return_counts=True)
-                            counts.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
+    size_report(folder, partial(count_codes, counts))
     return counts
+
+
+def count_codes(counts: Counter[int], factors: Factors) -> None:
+    """Add the codes of a weight to ``counts``."""
+    for term in factors.terms:
+        if not term.one_hot:
+            values, found = term.codes.unique(return_counts=True)
+            counts.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
 
 
 def code_shares(counts: Counter[int]) -> list[tuple[str, float]]:

@@ -25,6 +25,8 @@ HEADINGS = {
     "original_perplexity": {"kl": "original's"},
     "accuracy": {"kl": "accuracy"},
     "original_accuracy": {"kl": "original's accuracy"},
+    "word_error_rate": {"kl": "word errors"},
+    "original_word_error_rate": {"kl": "original's word errors"},
 }
 """Figure of a fidelity check -> metric -> heading."""
 _SPOKEN = 32  # tokens of a decoder
@@ -38,13 +40,19 @@ def default_texts(count: int = 16) -> list[str]:
     return sorted(topics.values(), key=len, reverse=True)[:count]
 
 
+def padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, which pads with the token of the end where it has none to pad with."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def text_inputs(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], context: int, model: PreTrainedModel, batch: int = 8
 ) -> Iterator[Inputs]:
     """Yield the first ``context`` tokens of each text, ``batch`` texts at a time, padded to the longest."""
     texts = list(texts)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    padding(tokenizer)
     for at in range(0, len(texts), batch):
         encoded = tokenizer(
             texts[at : at + batch], truncation=True, max_length=context, padding=True, return_tensors="pt"

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from ..runtime.sqf_size import SizeReport
-from .accounts import bits_by_layer, code_shares
+from .accounts import bits_by_layer, code_shares, facts
 
 _DARK = 0.55  # share of black from which figures are white
 _STYLE = """
@@ -37,7 +37,7 @@ def page(name: str, figures: dict[str, Any], counts: Counter[int]) -> str:
     parts = [
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
         f"<style>{_STYLE}</style></head>\n<body><h1>{title}</h1>",
-        _facts(figures, packed),
+        _facts(figures),
         "<h2>Bits per weight, layer by layer</h2>",
         _heat_map(packed),
         "<h2>How often each code occurs</h2>",
@@ -49,24 +49,9 @@ def page(name: str, figures: dict[str, Any], counts: Counter[int]) -> str:
     return "\n".join(parts)
 
 
-def _facts(figures: dict[str, Any], packed: list[dict[str, Any]]) -> str:
-    coverage, fidelity = figures["coverage"] or {}, figures["fidelity"]
-    total = figures["total_bytes"]
-    facts = [("files", f"{total / 1e6:,.1f} MB"), ("bits per weight", f"{figures['bits_per_weight']:.3f}")]
-    if coverage.get("parameters"):
-        count = coverage["parameters"]
-        facts.append(("parameters", f"{count:,}, of which {100 * coverage['compressed'] / count:.2f} % compressed"))
-        facts.append(
-            ("in 16 bits they would take", f"{2 * count / 1e6:,.1f} MB, {2 * count / total:.1f} times as much")
-        )
-    structures = Counter(row["structure"] for row in packed)
-    facts.append(("structures", ", ".join(f"{k}: {v} weights" for k, v in sorted(structures.items()))))
-    if fidelity:
-        kind = "KL to the original, nats" if fidelity["metric"] == "kl" else "mean cosine to the original"
-        facts.append((kind, f"{fidelity['value']:.4g}, on {fidelity['name']}"))
-    facts += [("left as it is", f"{k}: {v}") for k, v in (coverage.get("dense") or {}).items()]
-    rows = "".join(f"<tr><th>{escape(k)}</th><td style='text-align:left'>{escape(v)}</td></tr>" for k, v in facts)
-    return f"<table>{rows}</table>"
+def _facts(figures: dict[str, Any]) -> str:
+    rows = (f"<tr><th>{escape(k)}</th><td style='text-align:left'>{escape(v)}</td></tr>" for k, v in facts(figures))
+    return f"<table>{''.join(rows)}</table>"
 
 
 def _heat_map(packed: list[dict[str, Any]]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from .sqf_codec import ideal_bits
 from .sqf_container import TermHeader, records
-from .sqf_factors import Term
+from .sqf_factors import Factors, Term
 from .sqf_model import saved_state
 from .sqf_modules import SUFFIX
 
@@ -45,6 +45,7 @@ _DTYPES = {  # as safetensors names them, in the order in which it lays tensors 
     torch.bool: "BOOL",
 }
 _ALIGNMENT = 8
+Visit = Callable[[Factors], None]
 
 
 @dataclass(frozen=True)
@@ -111,23 +112,24 @@ class SizeReport:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def size_report(model_or_folder: nn.Module | str | Path) -> SizeReport:
+def size_report(model_or_folder: nn.Module | str | Path, visit: Visit | None = None) -> SizeReport:
     """Account for every byte of a compressed model.
 
     Args:
         model_or_folder: a folder of safetensors, in one file or sharded, or a model: then the figures are those of the
             one file that saving it makes.
+        visit: called with the factors of every weight, which are decoded for the accounts.
 
     Raises:
         FileNotFoundError: the folder holds no safetensors.
         ValueError: a compressed weight is damaged; names the tensor and the file.
     """
     if isinstance(model_or_folder, nn.Module):
-        return _report_model(model_or_folder)
-    return _report_folder(Path(model_or_folder))
+        return _report_model(model_or_folder, visit)
+    return _report_folder(Path(model_or_folder), visit)
 
 
-def _report_folder(folder: Path) -> SizeReport:
+def _report_folder(folder: Path, visit: Visit | None) -> SizeReport:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no safetensors")
@@ -139,7 +141,7 @@ def _report_folder(folder: Path) -> SizeReport:
             for name in transformers_logging.tqdm(entries, desc=f"Reading {file.name}", delay=2.0):
                 entry = entries[name]
                 if name.endswith(SUFFIX) and entry["dtype"] == "U8":
-                    rows.append(_row(name, tensors.get_tensor(name), entry, str(file)))
+                    rows.append(_row(name, tensors.get_tensor(name), entry, str(file), visit))
                 else:
                     rows.append(_dense_row(name, entry))
     return _close(file_bytes(folder), rows)
@@ -159,11 +161,12 @@ def header_of(file: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _report_model(model: nn.Module) -> SizeReport:
+def _report_model(model: nn.Module, visit: Visit | None) -> SizeReport:
     rows, entries, offset = [], ['"__metadata__":{"format":"pt"}'], 0
     for name, tensor, entry in _layout(model):
         entries.append(_entry_text(name, entry))
-        rows.append(_row(name, tensor, entry, "the model") if _is_packed(name, tensor) else _dense_row(name, entry))
+        packed = _is_packed(name, tensor)
+        rows.append(_row(name, tensor, entry, "the model", visit) if packed else _dense_row(name, entry))
         offset = entry["data_offsets"][1]
     header = len(("{" + ",".join(entries) + "}").encode())
     total = 8 + (header + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT + offset
@@ -252,7 +255,7 @@ def _dense_row(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _row(name: str, data: Tensor, entry: dict[str, Any], file: str) -> dict[str, Any]:
+def _row(name: str, data: Tensor, entry: dict[str, Any], file: str, visit: Visit | None) -> dict[str, Any]:
     try:
         found = records(data, name)
         row = _blank(name.removesuffix(SUFFIX), found[0].structure, list(found[0].shape), 0)
@@ -261,6 +264,8 @@ def _row(name: str, data: Tensor, entry: dict[str, Any], file: str) -> dict[str,
         for record in found:
             row["parameters"] += math.prod(record.shape)
             factors = record.factors()
+            if visit is not None:
+                visit(factors)
             total += sum(t.codes.shape[0] * t.atom_count for t in factors.terms)
             zeros += sum(t.codes.shape[0] * t.atom_count - t.nonzeros for t in factors.terms)
             for head, term in zip(record.terms, factors.terms, strict=True):

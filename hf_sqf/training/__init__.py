@@ -11,7 +11,9 @@ projected gradient method of the solvers, ``Z <- P_Z(Z - eta dL/dZ)`` (Kuzmin et
 of the whole model in place of the weight's distance, and an optimizer's step in place of eta.
 
 =================  ============================================================================================
-``factors``        :class:`~.factors.TrainedWeight`: terms in their sets, with the parameters beside them
+``terms``          :class:`~.terms.TrainedTerm`: a term in its sets, with the parameters beside it
+``factors``        :class:`~.factors.TrainedWeight`: the terms of a weight
+``latents``        where latents start
 ``straight_through``  products with codes whose gradients reach the latents, with nothing dense kept in between
 ``projecting``     the projections, and the limit of the rate
 ``modules``        compressed modules that multiply with trained weights, and look in a state dict as ever
@@ -21,13 +23,19 @@ of the whole model in place of the weight's distance, and an optimizer's step in
 ``adapters``       LoRA on top of compressed weights, which must not be merged into them
 =================  ============================================================================================
 
+*Where latents start.* With the ``original`` they start at its weights, as near as the codes allow (:mod:`.latents`): a
+code that was nearly another one soon is, and training goes much further than from the codes themselves, where each has
+to travel half a step first.
+
 *The rate.* Codes that move lose what made them cheap: zeros first. So every projection is held to the bits that codes
 and dictionary had at the start: where the nearest codes cost more, cheaper ones are made nearer, until they fit; where
 none fit, the step changes no code. Scales cost a little more where they become finer than the solver's.
 
-*How many.* Adam moves all latents at about the same speed, whatever their gradients say, and codes that change in the
-same step by the thousand undo one another's good. So only those latents are projected that have gone furthest, at
-most a small share of all in a step.
+*How many.* Latents of scalar codes that start at the original are all projected in every step, as is usual where
+weights are trained for quantization. Those that start at the codes reach the edges of their cells together, since Adam
+moves all at about the same speed, whatever their gradients say; and codes that change in the same step by the thousand
+undo one another's good. So without an original, and on a trellis, only those are projected that have gone furthest, a
+small share of all in a step.
 
 *Codes on a trellis* (dependent quantization) are projected by Viterbi's algorithm every few steps, and stay what they
 were in between while their latents gather gradients. So they are on a path of the machine after every step, and what is

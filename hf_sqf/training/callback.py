@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
@@ -18,17 +20,21 @@ from ..runtime.sqf_backends import name_in
 from ..runtime.sqf_codec import ideal_bits
 from ..runtime.sqf_factors import Factors
 from ..runtime.sqf_model import compressed_modules
-from ..runtime.sqf_modules import SUFFIX, SQFModule
+from ..runtime.sqf_modules import SUFFIX, Held, SQFModule
 from ..runtime.sqf_quantizer import TRAINERS
 from ..runtime.sqf_size import compressed_bytes
+from .blockwise import distill_blocks
 from .distillation import watch
-from .factors import Options, TrainedTerm, TrainedWeight
+from .factors import TrainedWeight
 from .modules import PREFIX, TrainedModule, finish, start
 from .resuming import Keeper
+from .terms import Options, TrainedTerm
 
 logger = transformers_logging.get_logger("transformers.hf_sqf")  # under transformers, so that its verbosity counts
 
 MODES = ("light", "latent", "hard")
+_BLOCK_BATCHES = 16
+"""Most batches that blocks are fitted on: what a block is given for all of them is in memory."""
 
 
 class SQFCallback(TrainerCallback):
@@ -54,7 +60,13 @@ class SQFCallback(TrainerCallback):
         every: optimizer steps from one projection of codes on a trellis to the next. In between, the codes are those
             of the last one.
         share: most of the codes that a step may change, those first whose latents have gone furthest; on a trellis a
-            few more have to go along.
+            few more have to go along. None: all of scalar and one-hot codes with an ``original``, else 0.002.
+        original: the model that was compressed, such as the teacher of a distillation. Latents of codes then start at
+            its weights instead of at the codes (as near as leaves the codes as they are), and training codes gets much
+            further: see :mod:`.latents`. It is left as it is, and may have any dtype.
+        block_steps: steps in which each block is fitted to the original's before training from end to end begins, on
+            batches of the training data, at the Trainer's learning rate: see :mod:`.blockwise`. Needs ``original``. A
+            run that resumes from a checkpoint has had them.
 
     Raises:
         ValueError: an option is out of range.
@@ -67,7 +79,9 @@ class SQFCallback(TrainerCallback):
         resolution: int = 32,
         code_rate: float = 5.0,
         every: int = 8,
-        share: float = 0.002,
+        share: float | None = None,
+        original: PreTrainedModel | None = None,
+        block_steps: int = 0,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -80,11 +94,16 @@ class SQFCallback(TrainerCallback):
         for name, value, least in (("resolution", resolution, 1), ("every", every, 1), ("code_rate", code_rate, 0.0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least or value == 0:
                 raise ValueError(f"{name} must be a number of {least or 'more than 0'} or more, got {value!r}")
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
+        if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1):
             raise ValueError(f"share must lie in (0, 1], got {share!r}")
+        if isinstance(block_steps, bool) or not isinstance(block_steps, int) or block_steps < 0:
+            raise ValueError(f"block_steps must be an integer of 0 or more, got {block_steps!r}")
+        if block_steps and original is None:
+            raise ValueError("block_steps needs the original that blocks are fitted to: give it as original=")
         codes = mode != "light" and train != "light"
         self.mode, self.train = mode, train
-        self._options = Options(codes, mode == "hard", int(resolution), float(code_rate), int(every), float(share))
+        self._options = Options(codes, mode == "hard", int(resolution), float(code_rate), int(every), share)
+        self._original, self._block_steps = original, block_steps
         self._model: PreTrainedModel | None = None
         self._modules: list[tuple[SQFModule, dict[str, TrainedWeight]]] = []
         self._weights: list[TrainedWeight] = []
@@ -99,7 +118,7 @@ class SQFCallback(TrainerCallback):
         """Make a compressed model trainable, in place; the Trainer's start does it.
 
         Raises:
-            ValueError: there is nothing to train.
+            ValueError: there is nothing to train, or the original is another model's.
         """
         if any(isinstance(module, TrainedModule) for module in model.modules()):
             raise ValueError("the factors of this model are being trained already, by another SQFCallback")
@@ -108,21 +127,32 @@ class SQFCallback(TrainerCallback):
             where = "" if self._pattern is None else f" whose name matches train={self.train!r}"
             raise ValueError(f"the model has no compressed weight{where}: compress it first, see hf_sqf.compress")
         known: dict[nn.Parameter, TrainedWeight] = {}
-        for _, module in found:
+        for path, module in found:
             trained = {}
             for name, held in module.held.items():
                 data: nn.Parameter = getattr(module, name + SUFFIX)
                 if data.is_meta:
                     raise ValueError(f"{held.name} is offloaded: load the model without offloading to train it")
                 if data not in known:
-                    known[data] = TrainedWeight(
-                        held.name, module.factors(name), self._options, name_in(data.detach(), held.name)
-                    )
+                    packed = name_in(data.detach(), held.name)
+                    matrices = self._matrices(held, f"{path}.{name}", packed)
+                    known[data] = TrainedWeight(held.name, module.factors(name), self._options, packed, matrices)
                 trained[name] = known[data]
             self._modules.append((module, trained))
         self._model, self._weights = model, list(known.values())
         self._keeper = Keeper(self._terms())
         self._install()
+
+    def _matrices(self, held: Held, *names: str) -> list[Tensor] | None:
+        """Return the matrices of the original's weight of one of these names, if there is an original."""
+        if self._original is None or not self._options.codes:
+            return None
+        known = (_parameter(self._original, name) for name in names)
+        weight = next((parameter for parameter in known if parameter is not None), None)
+        if weight is None or tuple(weight.shape) != held.shape:
+            found = "none of that name" if weight is None else f"one of shape {tuple(weight.shape)}"
+            raise ValueError(f"original must have a weight {names[0]} of shape {held.shape}; it has {found}")
+        return held.matrices(weight.detach())
 
     def _takes(self, name: str, module: SQFModule) -> bool:
         return self._pattern is None or any(self._pattern.search(f"{name}.{weight}") for weight in module.held)
@@ -197,7 +227,25 @@ class SQFCallback(TrainerCallback):
                     weight.read(module.factors(name))
             self._install()
         self._keeper.attach(kwargs["optimizer"])
+        if self._block_steps and state.global_step == 0:
+            self._fit_blocks(args, kwargs["train_dataloader"])
         self._logged = state.global_step, sum(term.changed for term in self._terms())
+
+    def _fit_blocks(self, args: TrainingArguments, data: Iterable[Mapping[str, Any]]) -> None:
+        assert self._model is not None and self._original is not None
+        with torch.random.fork_rng():  # as if the data had not been looked at
+            batches = [_inputs(batch) for batch in itertools.islice(data, min(self._block_steps, _BLOCK_BATCHES))]
+        self._original.to(self._model.device)  # type: ignore[arg-type]  # as transformers annotates it
+        before, after = distill_blocks(
+            self._model, self._original, batches, self._block_steps, args.learning_rate, self._project_in
+        )
+        logger.info("Blocks fitted to the original's: mean relative error of %.4f became %.4f", before, after)
+
+    @torch.no_grad()
+    def _project_in(self, block: nn.Module, step: int) -> None:
+        inside = set(block.modules())
+        for weight in {w for module, trained in self._modules if module in inside for w in trained.values()}:
+            weight.project(step)
 
     @torch.no_grad()
     def on_optimizer_step(
@@ -251,6 +299,18 @@ class SQFCallback(TrainerCallback):
                 zeros += count * Factors((1, 1), "", (term,)).sparsity
                 codes += count
         return {"bits": bits / max(parameters, 1), "sparsity": zeros / max(codes, 1)}
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a batch without its labels."""
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor) and "label" not in name}
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        return None
 
 
 def _dense_embeddings(model: PreTrainedModel) -> set[nn.Parameter]:

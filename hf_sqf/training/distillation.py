@@ -7,6 +7,7 @@ The Trainer's ``compute_loss_func`` is given the outputs and the labels, but not
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 import weakref
 from dataclasses import dataclass, field
@@ -31,6 +32,13 @@ class _Seen:
 _latest = threading.local()
 _watched: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _wanting_states: weakref.WeakSet[DistillationLoss] = weakref.WeakSet()
+_losses: weakref.WeakSet[DistillationLoss] = weakref.WeakSet()
+_NO_LABELS = "Trainer: `compute_loss_func` is defined but `labels=None`"
+
+
+def _not_about_labels(record: logging.LogRecord) -> bool:
+    """Whether the Trainer may say it: not, at every step, that there are no labels, where the loss needs none."""
+    return not (len(_losses) and record.getMessage().startswith(_NO_LABELS))
 
 
 def watch(model: nn.Module, accumulated: int = 1) -> None:
@@ -95,6 +103,8 @@ class DistillationLoss:
         forward = inspect.signature(teacher.forward).parameters
         self._accepts = None if any(p.kind is p.VAR_KEYWORD for p in forward.values()) else set(forward)
         self._causal = getattr(teacher, "loss_type", None) == "ForCausalLM"
+        _losses.add(self)
+        logging.getLogger("transformers.trainer").addFilter(_not_about_labels)  # once, however often it is added
         if hidden_states:
             _wanting_states.add(self)
 

@@ -2,16 +2,18 @@
 
 Sets are those of the solvers: integers of which at most k are not zero (``grid``, ``pgd``), at most k in a row
 (``sparse_pca``), any (``svd``), one-hot rows (``vq``), paths of the machine of dependent quantization (a ``trellis``).
-What they project keeps its rate by a *strength* s in [0, 1) that makes cheap codes nearer, found anew at each step:
+What they project keeps its rate by a *strength* s in [0, 1) that makes cheap codes nearer:
 
 =========  ===================================================================================
-integers   a dead zone: |z| is rounded to ``floor(|z| + 1/2 - s/2)``
+integers   a dead zone: |z| is rounded to ``floor(|z| + 1/2 - s/2)``; of dictionaries, too
 one-hot    the atom of least ``|x - d_k|^2 + s a^2 bits(k)``, where atoms lie about a apart
 trellis    the path of least ``|v - u|^2 + s bits(u)``, by Viterbi's algorithm
 =========  ===================================================================================
 
-At s = 0 codes project to themselves. Where no strength that is tried meets the limit, the codes stay what they were:
-they met it. So the limit holds after every step, whatever the gradients do.
+The strength follows the rate from step to step, a little stronger where codes cost more than they may, a little weaker
+where they cost less, so that hardly a code flips because of it. Integers project to themselves at any strength. A
+dictionary that has become too dear waits; and where no strength that is tried meets the limit, codes stay what they
+were, which met it. So the limit holds after every step, whatever the gradients do.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ from ..compress.rate import index_bits
 from ..runtime.sqf_codec import ideal_bits
 from ..runtime.sqf_factors import Term
 
-_TRIALS = 5  # strengths that are tried, each twice the one before
-_LEAST = 0.01  # strength above none
-_MOST = 0.95
-_DECAY = 0.7  # of the strength from one step to the next, so that it falls again where it can
+MOST = 0.95
+"""Largest strength."""
+_TRIALS = 5  # strengths that are tried in a step
+_AIM = 0.998  # of the bits allowed: what the strength is to bring them to, from either side
+_SMALL, _LARGE = 0.005, 0.1  # changes of the strength at a time
 _TABLE = 1 << 22  # entries of a table of distances
 
 Support = Literal["tensor", "row", "any"]
@@ -73,19 +76,21 @@ class Limits:
         bits: most bits of codes and dictionary together.
         support: over what nonzeros are counted.
         nonzeros: most of them.
-        strength: s.
+        strength: s at the next projection.
+        slope: bits that a strength of 1 would save, about: from the latest two that were tried.
     """
 
     bits: float
     support: Support
     nonzeros: int
+    slope: float
     strength: float = 0.0
 
     @classmethod
     def of(cls, term: Term, structure: str) -> Limits:
         """Return the limits that a term just meets."""
-        support = support_of(structure, term)
-        return cls(coded_bits(term), support, nonzeros_of(term, support))
+        support, bits = support_of(structure, term), coded_bits(term)
+        return cls(bits, support, nonzeros_of(term, support), max(bits, 1.0))
 
     def project(self, term: Term, latent: Tensor, atoms: Tensor | None) -> Term:
         """Return the term with codes (and dictionary) projected from their latents; updates the strength.
@@ -95,22 +100,38 @@ class Limits:
             latent: what codes are projected from: like the codes, but (m', d) for one-hot ones, in units of the steps.
             atoms: what the dictionary is projected from, (K, d), or None where it stays.
         """
-        moved = term if atoms is None else replace(term, atoms=narrow(torch.round(atoms)))
-        closest = _CLOSEST["one_hot" if term.one_hot else "trellis" if term.trellis else "integers"]
-        strength = _DECAY * self.strength
-        if strength < _LEAST:
-            strength = 0.0
+        strength, last, least = self.strength, None, _SMALL
         for _ in range(_TRIALS):
-            found = replace(moved, codes=closest(self, moved, latent, strength))
-            if _same(found, term):
-                self.strength = strength
-                return term
-            if coded_bits(found) <= self.bits:
-                self.strength = strength
+            found = self._projected(term, latent, atoms, strength)
+            bits = coded_bits(found)
+            if last is not None:
+                self.slope = max((last[1] - bits) / (strength - last[0]), 0.05 * self.bits, 1.0)
+            change = (bits - _AIM * self.bits) / self.slope
+            if bits <= self.bits:
+                self.strength = max(strength + min(max(change, -_LARGE), 0.0), 0.0)
                 return found
-            strength = min(max(2.0 * strength, _LEAST), _MOST)
+            if atoms is not None:  # a dictionary that has become too dear waits until codes have made room for it
+                found = self.project(term, latent, None)
+                self.strength = min(self.strength + min(change, _SMALL), MOST)
+                return found
+            if strength == MOST:
+                break
+            last = strength, bits
+            strength = min(strength + min(max(change, least), _LARGE), MOST)
+            least *= 2.0
         self.strength = strength
         return term
+
+    def _projected(self, term: Term, latent: Tensor, atoms: Tensor | None, strength: float) -> Term:
+        if atoms is not None:
+            term = replace(term, atoms=narrow(with_dead_zone(atoms, strength)))
+        closest = _CLOSEST["one_hot" if term.one_hot else "trellis" if term.trellis else "integers"]
+        return replace(term, codes=closest(self, term, latent, strength))
+
+
+def with_dead_zone(latent: Tensor, strength: float) -> Tensor:
+    """Round to integers, of which zero takes more than its share and all others lie as much further out."""
+    return torch.floor(latent.abs() + (0.5 - 0.5 * strength)).mul_(latent.sign())
 
 
 def foremost(latent: Tensor, current: Tensor, share: float) -> Tensor:
@@ -132,13 +153,8 @@ def foremost(latent: Tensor, current: Tensor, share: float) -> Tensor:
     return torch.where(away >= least, latent, current)
 
 
-def _same(one: Term, other: Term) -> bool:
-    atoms = one.atoms is other.atoms or (one.atoms is not None and torch.equal(one.atoms, other.atoms))  # type: ignore[arg-type]
-    return bool(atoms and torch.equal(one.codes, other.codes))
-
-
 def _integers(limits: Limits, term: Term, latent: Tensor, strength: float) -> Tensor:
-    codes = torch.floor(latent.abs() + (0.5 - 0.5 * min(strength, 0.98))).mul_(latent.sign())
+    codes = with_dead_zone(latent, strength)
     if limits.support == "tensor" and int(torch.count_nonzero(codes)) > limits.nonzeros:
         codes = torch.where(TopK(limits.nonzeros)(torch.where(codes != 0, latent, 0.0)) != 0, codes, 0.0)
     elif limits.support == "row":

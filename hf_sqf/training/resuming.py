@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .factors import Memory, TrainedTerm
+from .terms import Memory, TrainedTerm
 
 _MARK = "sqf_"
 """Of our names in the state of a parameter."""

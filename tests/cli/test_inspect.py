@@ -36,8 +36,8 @@ def test_inspect_says_what_size_report_says(shrunk: Path, typed):
 
 def test_inspect_shows_layers_or_weights(shrunk: Path, typed):
     shown = typed("inspect", shrunk).stdout
-    assert f"{size_report(shrunk).bits_per_weight:.3f} bits per weight" in shown
-    assert "grid: 16 weights" in shown and "model.layers.1 " in shown and "██" in shown
+    assert f"bits per weight: {size_report(shrunk).bits_per_weight:.3f}" in shown
+    assert "grid: 16 weights, " in shown and "model.layers.1 " in shown and "██" in shown
     assert "up_proj" not in shown and "up_proj" in typed("inspect", shrunk, "--weights").stdout
 
 
@@ -71,7 +71,7 @@ def test_damage_and_other_models_are_one_sentence(damaged: Path, original: Path,
 
 
 def test_export_for_gguf(shrunk: Path, typed, tmp_path: Path):
-    typed("export", shrunk, "dense", "--gguf-ready")
+    assert json.loads(typed("export", shrunk, "dense", "--gguf-ready", "--json").stdout) == {"folder": "dense"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert str(model.dtype) == "torch.float16" and getattr(model.config, "quantization_config", None) is None
     assert (tmp_path / "dense" / "tokenizer.json").exists()

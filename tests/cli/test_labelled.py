@@ -12,12 +12,13 @@ from transformers import (
     AutoTokenizer,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
 )
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
-from hf_sqf.cli.labelled import Labelled
+from hf_sqf.cli.labelled import Example, Labelled
 from hf_sqf.report.fidelity import compare
 from tests.cli.conftest import one_sentence, saved
 
@@ -47,6 +48,10 @@ def viewer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(folder)
     return saved(ResNetForImageClassification(_PICTURES), folder)
+
+
+def read(labelled: Labelled, model: PreTrainedModel, where: Path, count: int | None = None) -> list[Example]:
+    return labelled.examples(model, labelled.reader(model, str(where), 16), count)
 
 
 def as_lines(folder: Path, entries: list[object], name: str = "data.jsonl") -> Path:
@@ -93,7 +98,7 @@ def test_accuracy_is_that_of_the_model_itself(reader: Path, typed, tmp_path: Pat
 def test_pictures_are_read_and_train(viewer: Path, typed, tmp_path: Path):
     data = pictures(tmp_path, 6)
     model = ResNetForImageClassification.from_pretrained(viewer)
-    examples = Labelled(str(data), "label").examples(model, str(viewer), 4, 16)
+    examples = read(Labelled(str(data), "label"), model, viewer, 4)
     assert [e["labels"] for e in examples] == [0, 1, 2, 0] and examples[0]["pixel_values"].shape == (3, 32, 32)
     recipe = {
         "model": str(viewer),
@@ -135,7 +140,7 @@ def test_pictures_reach_models_of_half_precision(viewer: Path, tmp_path: Path):
 def test_what_does_not_fit_is_refused(entries: list[object], says: str, reader: Path, tmp_path: Path):
     model = DistilBertForSequenceClassification.from_pretrained(reader)
     with pytest.raises(ValueError) as error:
-        Labelled(str(as_lines(tmp_path, entries)), "label").examples(model, str(reader), None, 16)
+        read(Labelled(str(as_lines(tmp_path, entries)), "label"), model, reader)
     assert says in str(error.value)
 
 
@@ -143,12 +148,12 @@ def test_files_that_are_none(reader: Path, tmp_path: Path):
     model = DistilBertForSequenceClassification.from_pretrained(reader)
     (tmp_path / "data.jsonl").write_text("{]\n")
     with pytest.raises(ValueError, match="line 1: must be JSON"):
-        Labelled(str(tmp_path / "data.jsonl"), "label").examples(model, str(reader), None, 16)
+        read(Labelled(str(tmp_path / "data.jsonl"), "label"), model, reader)
     (tmp_path / "data.txt").write_text("the\n")
     with pytest.raises(ValueError, match="labels take a .jsonl file"):
-        Labelled(str(tmp_path / "data.txt"), "label").examples(model, str(reader), None, 16)
+        read(Labelled(str(tmp_path / "data.txt"), "label"), model, reader)
     with pytest.raises(FileNotFoundError, match=r"no file missing\.jsonl"):
-        Labelled("missing.jsonl", "label").examples(model, str(reader), None, 16)
+        read(Labelled("missing.jsonl", "label"), model, reader)
 
 
 def test_labels_take_a_classifier(original: Path, shrunk: Path, typed, tmp_path: Path):
@@ -169,5 +174,35 @@ def test_data_sets_of_the_hub_are_read_in_the_split_that_is_named(reader: Path, 
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     model = DistilBertForSequenceClassification.from_pretrained(reader)
-    found = Labelled("owner/data", "label", "sentence", "validation").examples(model, str(reader), 3, 16)
+    found = read(Labelled("owner/data", "label", "sentence", "validation"), model, reader, 3)
     assert [e["labels"] for e in found] == [0, 1, 0] and asked == [("owner/data", "validation", True)]
+
+
+def test_the_tokenizer_is_loaded_once(reader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = as_lines(tmp_path, [{"text": text, "label": 0} for text in WORDS])
+    model, loaded = DistilBertForSequenceClassification.from_pretrained(reader), []
+    load = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    Labelled(str(data), "label").batches(model, str(reader), None, 16)
+    assert len(loaded) == 1
+
+
+def test_the_command_takes_data_sets_of_the_hub_and_their_split(reader: Path, typed, monkeypatch: pytest.MonkeyPatch):
+    """With labels and without, in the split that is named, and in validation where none is."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(name: str, *, split: str, streaming: bool) -> object:
+        asked.append(split)
+        return datasets.Dataset.from_dict({"text": WORDS, "label": [0, 1, 0, 1]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    typed("compress", reader, "small", "--bits", 8, "--structure", "grid", "--no-trellis")
+    arguments = ("evaluate", "small", "--against", reader, "--dataset", "owner/data", "--json", "--samples", 3)
+    (row,) = json.loads(typed(*arguments, "--labels", "label", "--split", "test").stdout)
+    assert row["count"] == 3 and row["name"] == "owner/data" and 0 <= row["accuracy"] <= 1
+    (row,) = json.loads(typed(*arguments).stdout)
+    assert row["count"] == 3 and "accuracy" not in row and asked == ["test", "validation"]
+    assert "--split is of --dataset, which is missing" in " ".join(
+        typed("evaluate", "small", "--against", reader, "--split", "test", code=2).stderr.replace("│", " ").split()
+    )

@@ -49,6 +49,9 @@ def test_push(hub: HubServer, shrunk: Path, process, tmp_path: Path):
     done = process("push", shrunk, "me/small", "--private", env=env)
     assert done.stdout.startswith(f"{hub.url}/me/small/commit/")
     assert hub.repos["me/small"].private
+    done = process("push", shrunk, "me/small", "--revision", "later", "--json", env=env)
+    said = json.loads(done.stdout)
+    assert said["commit"] == hub.repos["me/small"].branches["later"] and said["url"].endswith(said["commit"])
     assert hub.files("me/small")["model.safetensors"] == (shrunk / "model.safetensors").read_bytes()
 
 
@@ -82,3 +85,38 @@ def test_a_push_that_is_refused(hub: HubServer, shrunk: Path, typed, tmp_path: P
     one_sentence(typed("push", "small", "me/small", "--force", code=1), "model.safetensors")
     assert "does not exist" in typed("push", "nowhere", "me/small", code=2).stderr
     assert hub.requests == []
+
+
+ALONE = [  # command and options -> what it prints
+    ("inspect SMALL --weights", "up_proj"),
+    ("report SMALL page.html --force", "page.html: a page about"),
+    ("evaluate SMALL --against ORIGINAL --dataset texts.txt --samples 2 --context 5 --json", '"count": 10'),
+    ("verify SMALL", "all is as it was saved"),
+    ("export SMALL dense --force --dtype bfloat16", "dense: an ordinary checkpoint"),
+    (
+        "compress ORIGINAL out --bits 5 --structure grid --trellis 8 --auto-class AutoModelForCausalLM",
+        "bits per compressed weight",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), ALONE, ids=[line.split()[0] for line, _ in ALONE])
+def test_each_command_in_a_process_of_its_own(
+    line: str, says: str, shrunk: Path, original: Path, texts: Path, process, tmp_path: Path
+):
+    for name in ("dense", "out"):  # a model stands there that --force may replace
+        shutil.copytree(shrunk, tmp_path / name) if f" {name} --force" in line else None
+    done = process(*line.replace("SMALL", str(shrunk)).replace("ORIGINAL", str(original)).split())
+    assert says in done.stdout
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_verify_takes_a_revision(hub: HubServer, shrunk: Path, process, tmp_path: Path):
+    """The one that was whole, of a repository that has become damaged since."""
+    repo = hub.repos["me/small"] = Repo()
+    files = {path.name: path.read_bytes() for path in shrunk.iterdir() if path.is_file()}
+    whole = repo.commit("main", files)
+    repo.commit("main", files | {"model.safetensors": files["model.safetensors"][:-1]})
+    env = environment(hub, tmp_path / "home")
+    assert "model.safetensors" in process("verify", "me/small", env=env, code=1).stdout
+    assert "all is as it was saved" in process("verify", "me/small", "--revision", whole, env=env).stdout

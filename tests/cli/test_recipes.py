@@ -201,7 +201,7 @@ BAD = [
     (GOOD | {"compressions": [{"bit": 4}]}, "compressions of a recipe: unknown key bit"),
     (GOOD | {"evaluations": [{"contxt": 4}]}, "evaluations of a recipe: unknown key contxt"),
     (GOOD | {"evaluations": [{"labels": "label"}]}, "labels are those of a dataset, which is missing"),
-    (GOOD | {"evaluations": [{"dataset": "a.txt", "inputs": "text"}]}, "inputs and split go with labels"),
+    (GOOD | {"evaluations": [{"dataset": "a.txt", "inputs": "text"}]}, "inputs go with labels"),
     ({"out": "results"}, "lacks model, compressions"),
     (GOOD | {"compressions": []}, "compressions must be a list"),
     (GOOD | {"compressions": [{"bits": 4}, {"bits": 4, "structure": "grid"}]}, "need different names"),

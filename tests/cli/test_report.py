@@ -1,5 +1,6 @@
 """hf-sqf report: one page for a browser, which says what inspect says."""
 
+import json
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from hf_sqf import size_report
 from hf_sqf.report.accounts import code_counts
 from hf_sqf.report.page import page
+from hf_sqf.runtime.sqf_container import Record
 from hf_sqf.runtime.sqf_modules import SQFModule
 from tests.cli.conftest import one_sentence
 
@@ -47,7 +49,7 @@ def parsed(text: str) -> Elements:
 
 
 def test_page_says_what_size_report_says(shrunk: Path, typed, tmp_path: Path):
-    typed("report", shrunk, "page.html")
+    assert json.loads(typed("report", shrunk, "page.html", "--json").stdout) == {"page": "page.html"}
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     elements = parsed(text)
     report = size_report(shrunk)
@@ -57,6 +59,14 @@ def test_page_says_what_size_report_says(shrunk: Path, typed, tmp_path: Path):
             assert row["name"] in elements.text and f"{row['bytes']:,}" in elements.text
     assert "http" not in text and not elements.tags["script"] and not elements.tags["link"]
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_each_weight_is_decoded_once(shrunk: Path, typed, monkeypatch: pytest.MonkeyPatch):
+    decoded, factors = [], Record.factors
+    monkeypatch.setattr(Record, "factors", lambda self: decoded.append(self) or factors(self))
+    typed("report", shrunk, "page.html")
+    once = len(decoded)
+    assert once == sum(row["matrices"] for row in size_report(shrunk).compressed_rows)
 
 
 def test_codes_are_counted(shrunk: Path):

@@ -15,7 +15,7 @@ from tests.training.conftest import compressed, rows
 
 
 def main(folder: str, mode: str) -> None:
-    model = compressed("llama_tied", trellis=8 if mode == "latent" else None)
+    model, teacher = compressed("llama_tied", trellis=8 if mode == "latent" else None), build("llama_tied")
     args = TrainingArguments(
         folder,
         max_steps=4,
@@ -31,8 +31,8 @@ def main(folder: str, mode: str) -> None:
         model,
         args,
         train_dataset=rows(),
-        callbacks=[SQFCallback(mode, code_rate=60.0, every=2)],
-        compute_loss_func=distillation_loss(build("llama_tied")),
+        callbacks=[SQFCallback(mode, code_rate=60.0, every=2, block_steps=2, original=teacher)],
+        compute_loss_func=distillation_loss(teacher),
     )
     assert args.world_size == 2
     trainer.train()

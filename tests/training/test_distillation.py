@@ -1,6 +1,7 @@
 """The loss that holds a model to its original."""
 
 import copy
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -176,3 +177,18 @@ def test_teachers_of_another_vocabulary():
 def test_options_out_of_range(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         distillation_loss(build("llama"), **options)
+
+
+def test_the_trainer_does_not_warn_at_every_step_that_there_are_no_labels(trainer_for: Callable[..., Trainer]):
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("transformers.trainer")
+    logger.addHandler(handler)
+    try:
+        data = [{"input_ids": row["input_ids"]} for row in rows()]
+        trainer_for(compressed("bert"), SQFCallback(), build("bert"), data, max_steps=2).train()
+        logger.warning("something else")
+    finally:
+        logger.removeHandler(handler)
+    assert said[-1] == "something else" and not any("labels=None" in message for message in said)

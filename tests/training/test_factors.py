@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hf_sqf.runtime.sqf_factors import Factors
-from hf_sqf.training.factors import Options, TrainedWeight
+from hf_sqf.training.factors import TrainedWeight
 from hf_sqf.training.straight_through import LogScale, logs_of, nearest_exponents
+from hf_sqf.training.terms import Options
 from tests.training.test_projecting import IDS, STRUCTURES, factors_of
 
 STEP = 1e-3

@@ -16,8 +16,9 @@ from hf_sqf.runtime.sqf_factors import Factors
 from hf_sqf.runtime.sqf_paths import codes_of_points
 from hf_sqf.runtime.sqf_trellis import machine
 from hf_sqf.training.callback import SQFCallback
-from hf_sqf.training.factors import Options, TrainedWeight
+from hf_sqf.training.factors import TrainedWeight
 from hf_sqf.training.projecting import coded_bits, foremost
+from hf_sqf.training.terms import Options
 from tests.conftest import build
 from tests.training.conftest import compressed
 
@@ -25,12 +26,15 @@ STRUCTURES = [("grid", 0), ("grid", 8), ("svd", 0), ("sparse_pca", 0), ("vq", 0)
 IDS = [f"{name}-{states}" if states else name for name, states in STRUCTURES]
 
 
-def factors_of(structure: str, trellis: int, seed: int = 0) -> Factors:
+def weight_of(seed: int) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
     low = torch.randn(48, 4, generator=draw) @ torch.randn(4, 24, generator=draw)
-    weight = low + 0.5 * torch.randn(48, 24, generator=draw)
-    metric = Metric(g=0.5 + torch.rand(48, generator=draw, dtype=torch.float64))
-    return solve(weight, metric, 0.7, structure, seed=seed, trellis=trellis).factors
+    return low + 0.5 * torch.randn(48, 24, generator=draw)
+
+
+def factors_of(structure: str, trellis: int, seed: int = 0) -> Factors:
+    metric = Metric(g=0.5 + torch.rand(48, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64))
+    return solve(weight_of(seed), metric, 0.7, structure, seed=seed, trellis=trellis).factors
 
 
 def options(hard: bool = False) -> Options:
@@ -62,10 +66,12 @@ def check(weight: TrainedWeight, start: Factors) -> None:
 
 @pytest.mark.parametrize(("structure", "trellis"), STRUCTURES, ids=IDS)
 @settings(max_examples=4, deadline=None)
-@given(seed=st.integers(0, 1000), hard=st.booleans(), size=st.sampled_from([0.05, 0.5, 3.0]))
-def test_constraints_hold_after_every_step(structure: str, trellis: int, seed: int, hard: bool, size: float):
+@given(seed=st.integers(0, 1000), hard=st.booleans(), near=st.booleans(), size=st.sampled_from([0.05, 0.5, 3.0]))
+def test_constraints_hold_after_every_step(
+    structure: str, trellis: int, seed: int, hard: bool, near: bool, size: float
+):
     start = factors_of(structure, trellis)
-    weight = TrainedWeight("weight", [start], options(hard))
+    weight = TrainedWeight("weight", [start], options(hard), originals=[weight_of(0)] if near else None)
     check(weight, start)
     draw = torch.Generator().manual_seed(seed)
     for step in range(1, 4):
@@ -94,7 +100,7 @@ def test_codes_follow_their_latents(structure: str, trellis: int):
     start = factors_of(structure, trellis)
     target = start.dense() + 0.5 * torch.randn(start.shape, generator=torch.Generator().manual_seed(5))
     weight = TrainedWeight("weight", [start], options())
-    rate = 0.003 if structure == "vq" else 0.05
+    rate = 0.01 if structure == "vq" else 0.05
     optimizer = torch.optim.Adam([p for _, p in weight.parameters()], lr=rate)
     first = float((start.dense() - target).square().mean())
     for step in range(1, 41):

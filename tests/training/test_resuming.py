@@ -26,12 +26,13 @@ CASES = [
     pytest.param("latent", {"trellis": 8}, id="trellis"),
     pytest.param("latent", {"structure": "vq"}, id="vq", marks=pytest.mark.slow),
     pytest.param("hard", {}, id="hard"),
+    pytest.param("latent", {"original": True}, id="original"),
 ]
 SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
 
 
-def callback(mode: str) -> SQFCallback:
-    return SQFCallback(mode, code_rate=60.0, every=2)
+def callback(mode: str, original: bool = False) -> SQFCallback:
+    return SQFCallback(mode, code_rate=60.0, every=2, original=build("llama") if original else None)
 
 
 def same_state(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -41,10 +42,12 @@ def same_state(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize(("mode", "options"), CASES)
 def test_resumes_to_the_same_trajectory(mode: str, options: dict, trainer_for: MakeTrainer, tmp_path: Path):
+    options = dict(options)
+    original = options.pop("original", False)
     straight = compressed("llama", **options)
-    trainer_for(straight, callback(mode), build("llama"), **SAVING).train()
+    trainer_for(straight, callback(mode, original), build("llama"), **SAVING).train()
     resumed = compressed("llama", **options)
-    trainer = trainer_for(resumed, callback(mode), build("llama"), folder="again", **SAVING)
+    trainer = trainer_for(resumed, callback(mode, original), build("llama"), folder="again", **SAVING)
     trainer.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))
     assert same_state(straight, resumed)
 

@@ -1,0 +1,90 @@
+"""Where latents of codes start: as near to the original as the codes let them.
+
+A code is what its set had nearest to a number, and training goes on from the number: from the middle of its cell each
+code would have to go half a step before anything changes, and a zero would not know the weight that it came from. So
+a latent is put at the original's value where that lies within the cell of the code, and else at the cell's edge on the
+way there. The codes as they are remain the projection of the latents, whatever calibration made of them.
+
+=========  =====================================================================================
+integers   the cell of z is ``|z| - 1/2 + s/2 <= |x| < |z| + 1/2 + s/2`` with a dead zone of strength s
+trellis    ``|x - u| < 1/2``: no integers, on a path or not, are nearer than those of the path
+one-hot    where the atom is the nearest
+=========  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..compress.gradient import least_squares_codes
+from ..runtime.sqf_factors import Factors, Term
+from .projecting import MOST
+
+_INSIDE = 0.98  # of the way to the edge of a cell
+_TABLE = 1 << 22  # entries of a table of distances
+
+
+def wanted_of(factors: Factors, original: Tensor) -> list[Tensor]:
+    """Return what each term is to stand for, float32 (m', d): itself and all that the factors leave.
+
+    Args:
+        factors: of a matrix.
+        original: the matrix (m, n) that they approximate.
+    """
+    left = original.float() - factors.dense()
+    found = []
+    for term in factors.terms:
+        part = term.dense()
+        padding = -left.shape[1] % term.width
+        found.append(part + torch.nn.functional.pad(left, (0, padding)).reshape(part.shape))
+    return found
+
+
+def nearest_latents(term: Term, wanted: Tensor) -> tuple[Tensor, float]:
+    """Return latents that project to the codes as they are, and the strength at which they do.
+
+    Args:
+        term: with codes (m', K), or (m',) where one-hot.
+        wanted: what the term is to stand for, float32 (m', d).
+
+    Returns:
+        Float32 of the shape of the codes, in steps; of one-hot ones (m', d), in units of the dictionary.
+    """
+    blocks = wanted / term.row_values()[:, None]
+    if term.one_hot:
+        return _in_cells_of_atoms(term, blocks / term.scale_value()), 0.0
+    if term.atoms is None:
+        numbers = blocks / term.step_values()
+    else:
+        numbers = least_squares_codes(blocks.double(), term.dictionary() * term.scale_value(), None).float()
+    strength = 0.0 if term.trellis else _dead_zone(term, numbers)
+    codes = term.codes.float()
+    sign = torch.where(codes != 0, codes, numbers).sign()
+    size, middle, half = numbers * sign, codes.abs(), 0.5 * _INSIDE
+    low = torch.where(codes != 0, middle - half + 0.5 * strength, 0.0)
+    return size.clamp_min(low).clamp_max(middle + half + 0.5 * strength) * sign, strength
+
+
+def _dead_zone(term: Term, numbers: Tensor) -> float:
+    """Return the strength that leaves as many codes zero as are."""
+    zeros = numbers.numel() - term.nonzeros
+    largest = float(numbers.abs().reshape(-1).kthvalue(zeros).values) if zeros else 0.0
+    return min(max(2.0 * largest - 1.0, 0.0), MOST)
+
+
+def _in_cells_of_atoms(term: Term, wanted: Tensor) -> Tensor:
+    """Go from each block's atom towards ``wanted`` (m', d), to the edge of the atom's cell at most."""
+    atoms = term.dictionary().float()
+    half_power = 0.5 * atoms.square().sum(1)
+    found = []
+    rows = max(1, _TABLE // len(atoms))
+    for some, indices in zip(wanted.split(rows), term.codes.long().split(rows), strict=True):
+        mine = atoms[indices]
+        towards = some - mine
+        edge = half_power + half_power[indices][:, None] - mine @ atoms.T  # |d_k - d|^2 / 2
+        along = towards @ atoms.T - (towards * mine).sum(1, keepdim=True)  # towards . (d_k - d)
+        along.scatter_(1, indices[:, None], -torch.inf)
+        share = torch.where(along > edge, edge.clamp_min(0.0) / along, 1.0).amin(1)
+        found.append(mine + _INSIDE * share[:, None] * towards)
+    return torch.cat(found)

@@ -1,0 +1,167 @@
+"""Fine-tuning of a compressed sentence encoder's factors by distillation: 1 - cosine before, on the way, and after.
+
+    python recipes/distill_encoder.py --calibration TEXT --dev TEXT [--mode light] [--steps 200] [--bits 2]
+
+All weights are compressed, embeddings included, calibrated on the first text's paragraphs; then the factors are trained
+on the same paragraphs, with the original as the teacher, and measured on the second text's: the mean of 1 - cosine of
+mean-pooled embeddings to the original's. Texts hold a paragraph a line. Figures and curve are kept in
+``results/distill_encoder_<mode>.json`` and ``.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from calibrated_encoder import embed, paragraphs
+from distill_lm import RESULTS, Curve, draw
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import hf_sqf
+from hf_sqf import SQFCallback, SQFConfig, compress, distillation_loss, size_report
+
+LENGTH = 128
+"""Tokens of a paragraph that are trained on."""
+
+
+class Distance:
+    """1 - cosine of a model's embeddings to an original's, the mean over texts."""
+
+    def __init__(self, original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
+        self.tokenizer, self.texts = tokenizer, texts
+        self.expected = embed(original, tokenizer, texts)
+
+    def of(self, model: PreTrainedModel) -> float:
+        """Return it."""
+        found = embed(model, self.tokenizer, self.texts)
+        return 1.0 - float(nn.functional.cosine_similarity(self.expected, found).mean())
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
+    parser.add_argument("--calibration", type=Path, required=True, help="paragraphs to calibrate and train on")
+    parser.add_argument("--dev", type=Path, required=True, help="paragraphs of the same kind to measure on")
+    parser.add_argument("--bits", type=float, default=2.0)
+    parser.add_argument("--structure", default="grid")
+    parser.add_argument("--trellis", type=int, default=64, help="states of dependent quantization; 0 for none")
+    parser.add_argument("--samples", type=int, default=384, help="paragraphs to calibrate on")
+    parser.add_argument("--mode", default="light", choices=("light", "latent", "hard"))
+    parser.add_argument("--code-rate", type=float, default=5.0)
+    parser.add_argument("--block-steps", type=int, default=0, help="steps on each block before training end to end")
+    parser.add_argument("--hidden-states", type=float, default=0.0, help="weight of the hidden states in the loss")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=30.0, help="of processor time that training may take at most")
+    parser.add_argument("--batch", type=int, default=32, help="paragraphs a step")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--every", type=int, default=20, help="steps between two measurements")
+    parser.add_argument("--compressed", type=Path, help="folder to keep the compressed model in, or to take it from")
+    parser.add_argument("--keep", type=Path, help="of the results, without suffix")
+    return parser.parse_args()
+
+
+def compressed_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return the calibrated, compressed model; a folder that has it already is read."""
+    if args.compressed is None or not (args.compressed / "config.json").exists():
+        config = SQFConfig(
+            bits=args.bits,
+            structure=args.structure,
+            trellis=args.trellis or None,
+            dataset=args.calibration.read_text("utf-8").splitlines(),
+            tokenizer=tokenizer,
+            samples=args.samples,
+            context=256,
+        )
+        model = compress(AutoModel.from_pretrained(args.model).eval(), config)
+        if args.compressed is None:
+            return model
+        model.save_pretrained(args.compressed)
+    found: PreTrainedModel = AutoModel.from_pretrained(args.compressed)
+    return found
+
+
+def main() -> None:
+    """Compress, measure, train, measure."""
+    args = arguments()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    teacher = AutoModel.from_pretrained(args.model).eval()
+    distance = Distance(teacher, tokenizer, paragraphs(args.dev.read_text("utf-8"), 256))
+    model = compressed_model(args, tokenizer).eval()
+    before, size = distance.of(model), size_report(model)
+    print(f"{size.bits_per_weight:.3f} bits, {size.total_bytes:,} bytes, 1 - cosine {before:.5f}", flush=True)
+
+    lines = paragraphs(args.calibration.read_text("utf-8"), 1 << 20)
+    curve = Curve(distance, "distance", args.every, args.minutes)
+    set_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                folder,
+                max_steps=args.steps,
+                per_device_train_batch_size=args.batch,
+                learning_rate=args.learning_rate,
+                lr_scheduler_type="cosine",
+                logging_steps=args.every,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+            train_dataset=[dict(tokenizer(text, truncation=True, max_length=LENGTH)) for text in lines],
+            data_collator=DataCollatorWithPadding(tokenizer),
+            callbacks=[
+                SQFCallback(args.mode, code_rate=args.code_rate, original=teacher, block_steps=args.block_steps),
+                curve,
+            ],
+            compute_loss_func=distillation_loss(teacher, hidden_states=args.hidden_states),
+        )
+        curve.begin()
+        trainer.train()
+        trainer.save_model(folder)
+        small = AutoModel.from_pretrained(folder).eval()
+    after, tuned = distance.of(small), size_report(small)
+    steps = trainer.state.global_step
+    record = {
+        "model": args.model.rstrip("/").split("/")[-1],
+        "mode": args.mode,
+        "bits": [size.bits_per_weight, tuned.bits_per_weight],
+        "bytes": [size.total_bytes, tuned.total_bytes],
+        "distance": [before, after],
+        "steps": steps,
+        "processor_seconds": curve.spent,
+        "paragraphs": {"step": args.batch, "all": len(lines), "dev": len(distance.texts)},
+        "options": {name: str(value) for name, value in vars(args).items() if not isinstance(value, Path)},
+        "curve": [{"step": 0, "seconds": 0.0, "distance": before}, *curve.points],
+        "made": {"date": str(date.today()), "python": platform.python_version(), "hf_sqf": hf_sqf.__version__}
+        | {name: version(name) for name in ("torch", "transformers", "numba")}
+        | {"threads": torch.get_num_threads(), "machine": platform.machine()},
+    }
+    record["options"]["model"] = record["model"]
+    keep = args.keep or RESULTS / f"distill_encoder_{args.mode}"
+    keep.parent.mkdir(exist_ok=True)
+    keep.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    title = f"{record['model']}, {tuned.bits_per_weight:.2f} bits, {args.mode}: {before:.4f} to {after:.4f}"
+    draw(record["curve"], "distance", "1 - cosine to the original's embeddings", title, keep.with_suffix(".png"))
+    print(f"1 - cosine {before:.5f} to {after:.5f}, {size.total_bytes:,} to {tuned.total_bytes:,} bytes, {steps} steps")
+
+
+if __name__ == "__main__":
+    main()
