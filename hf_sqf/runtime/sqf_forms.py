@@ -28,7 +28,9 @@ class Holder(Protocol):
     waiting: bool
 
     def _bytes(self, name: str) -> nn.Parameter: ...
-    def keep(self, runtime: str) -> None: ...
+
+    def keep(self, runtime: str) -> None:
+        """Keep the bytes that a runtime needs."""
 
 
 _deciding = threading.RLock()

@@ -12,8 +12,8 @@ it for the processors). Each row is summed by one thread in one order: results d
 
 Where the processor multiplies bytes (AVX512-VNNI, or AVX2 for codes of at most 6 bits), ``x o steps`` is cut into three
 signed bytes (a fixed point of 23 bits below its largest entry) and the dot products are exact integers; elsewhere, and
-for wider codes, they are sums in float32. Both stay within a few 1e-7 of float64, relative to the norm of y. For more than a few rows of x, codes of
-4 bits are cut in two once, and not for every four rows.
+for wider codes, they are sums in float32. Both stay within a few 1e-7 of float64, relative to the norm of y. For more
+than a few rows of x, codes of 4 bits are cut in two once, and not for every four rows.
 
 Nothing here may be called where numba is missing; :mod:`sqf_integers` has a torch path.
 """
@@ -52,7 +52,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = cfunc = types = None  # type: ignore[assignment]
 
-REVISION = 10
+REVISION = 11
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""

@@ -227,56 +227,79 @@ def byte_dots(kind: int, rows: int, batch: int) -> Any:  # noqa: ANN401
 
     def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
         word = ir.IntType(64)
-        lanes = BYTE_PRODUCTS // 4
-        quads, octets = ir.VectorType(ir.IntType(32), lanes), ir.VectorType(ir.IntType(8), BYTE_PRODUCTS)
-        parts = [word(at) for at in range(0, 64, BYTE_PRODUCTS)]
         x_rows = [builder.add(x, builder.mul(x_stride, word(b))) for b in range(batch)]
 
-        def every(byte: int) -> Any:  # noqa: ANN401
-            return ir.Constant(octets, [byte] * BYTE_PRODUCTS)
-
         def sums_of(z_rows: list[Any]) -> list[Any]:
-            cells = [cgutils.alloca_once(builder, quads) for _ in range(3 * batch * len(z_rows))]
-            for cell in cells:
-                builder.store(ir.Constant(quads, [0] * lanes), cell)
-            with cgutils.for_range(builder, count) as loop:
-                at = builder.mul(loop.index, word(64))
-                ahead = builder.add(at, builder.mul(z_stride, word(AHEAD)))
-                for row in z_rows:
-                    _fetch_ahead(builder, builder.add(row, ahead))
-                free = iter(cells)
-                for row in z_rows:
-                    codes = []  # with the first plane and the part of a line that they are multiplied with
-                    for part in parts:
-                        code = _load(builder, octets, builder.add(builder.add(row, at), part))
-                        if kind == INT4:
-                            code = builder.add(code, every(0x88))  # 16 (h + 8) + l + 8
-                            codes.append((builder.and_(code, every(15)), 0, part))
-                            codes.append((builder.lshr(code, every(4)), 3, part))
-                        else:
-                            codes.append((builder.add(code, every(LARGEST_BYTE + 1)), 0, part))
-                    for x_row in x_rows:
-                        for digit in range(3):
-                            pairs = []
-                            for code, first, part in codes:
-                                offset = builder.add(builder.mul(plane, word(first + digit)), builder.add(at, part))
-                                pairs.append((code, _load(builder, octets, builder.add(x_row, offset))))
-                            cell = next(free)
-                            builder.store(_add_products(builder, builder.load(cell), pairs), cell)
-            return [builder.load(cell) for cell in cells]
+            return _byte_sums(builder, kind, z_rows, z_stride, x_rows, plane, count)
 
         if BYTE_PRODUCTS == 64:
             found = sums_of([builder.add(z, builder.mul(z_stride, word(r))) for r in range(rows)])
         else:  # too few registers for the sums of more than one row; and next to none of the processor idles for one
-            kept = cgutils.alloca_once(builder, quads, size=word(3 * batch * rows))
+            kept = cgutils.alloca_once(builder, _quads(), size=word(3 * batch * rows))
             with cgutils.for_range(builder, word(rows)) as row:
                 first = builder.mul(row.index, word(3 * batch))
-                for k, found in enumerate(sums_of([builder.add(z, builder.mul(z_stride, row.index))])):
-                    builder.store(found, builder.gep(kept, [builder.add(first, word(k))]))
+                for k, total in enumerate(sums_of([builder.add(z, builder.mul(z_stride, row.index))])):
+                    builder.store(total, builder.gep(kept, [builder.add(first, word(k))]))
             found = [builder.load(builder.gep(kept, [word(k)])) for k in range(3 * batch * rows)]
-        _store_sums(builder, builder.add, found, lanes, out)
+        _store_sums(builder, builder.add, found, BYTE_PRODUCTS // 4, out)
 
     return _dots(emit)
+
+
+def _quads() -> Any:  # noqa: ANN401
+    return ir.VectorType(ir.IntType(32), BYTE_PRODUCTS // 4)
+
+
+def _byte_sums(
+    builder: Any,  # noqa: ANN401
+    kind: int,
+    z_rows: list[Any],
+    z_stride: Any,  # noqa: ANN401
+    x_rows: list[Any],
+    plane: Any,  # noqa: ANN401
+    count: Any,  # noqa: ANN401
+) -> list[Any]:
+    """Return the sums over a row of codes, for each of ``z_rows``, of ``x_rows`` and of three digits."""
+    word = ir.IntType(64)
+    cells = [cgutils.alloca_once(builder, _quads()) for _ in range(3 * len(x_rows) * len(z_rows))]
+    for cell in cells:
+        builder.store(ir.Constant(_quads(), [0] * (BYTE_PRODUCTS // 4)), cell)
+    with cgutils.for_range(builder, count) as loop:
+        at = builder.mul(loop.index, word(64))
+        ahead = builder.add(at, builder.mul(z_stride, word(AHEAD)))
+        for row in z_rows:
+            _fetch_ahead(builder, builder.add(row, ahead))
+        free = iter(cells)
+        for row in z_rows:
+            codes = _line_of_codes(builder, kind, builder.add(row, at))
+            for x_row in x_rows:
+                for digit in range(3):
+                    pairs = []
+                    for code, first, part in codes:
+                        offset = builder.add(builder.mul(plane, word(first + digit)), builder.add(at, word(part)))
+                        pairs.append((code, _load(builder, code.type, builder.add(x_row, offset))))
+                    cell = next(free)
+                    builder.store(_add_products(builder, builder.load(cell), pairs), cell)
+    return [builder.load(cell) for cell in cells]
+
+
+def _line_of_codes(builder: Any, kind: int, address: Any) -> list[tuple[Any, int, int]]:  # noqa: ANN401
+    """Return 64 bytes of codes, made unsigned: vectors, each with the first plane and the byte that it goes with."""
+    octets = ir.VectorType(ir.IntType(8), BYTE_PRODUCTS)
+
+    def every(byte: int) -> Any:  # noqa: ANN401
+        return ir.Constant(octets, [byte] * BYTE_PRODUCTS)
+
+    found = []
+    for part in range(0, 64, BYTE_PRODUCTS):
+        code = _load(builder, octets, builder.add(address, ir.IntType(64)(part)))
+        if kind == INT4:
+            code = builder.add(code, every(0x88))  # 16 (h + 8) + l + 8
+            found.append((builder.and_(code, every(15)), 0, part))
+            found.append((builder.lshr(code, every(4)), 3, part))
+        else:
+            found.append((builder.add(code, every(LARGEST_BYTE + 1)), 0, part))
+    return found
 
 
 def _add_products(builder: Any, total: Any, pairs: list[tuple[Any, Any]]) -> Any:  # noqa: ANN401

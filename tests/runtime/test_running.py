@@ -10,7 +10,7 @@ from hf_sqf.runtime.sqf_container import pack
 from hf_sqf.runtime.sqf_factors import Factors, Term
 from hf_sqf.runtime.sqf_integers import Integers, kind_for, store
 from hf_sqf.runtime.sqf_resident import is_resident, lay_out, resident_factors, resident_matrices
-from hf_sqf.runtime.sqf_vectors import INT4, INT8, INT16, NONE
+from hf_sqf.runtime.sqf_vectors import INT4, INT6, INT8, INT16, NONE
 
 STRUCTURES = ["grid", "wide grid", "svd", "sparse_pca", "vq", "padded vq", "scaled vq", "pgd", "scaled pgd", "svd+grid"]
 SHAPES = [(1, 1), (5, 7), (64, 96), (130, 67), (257, 320)]
@@ -126,7 +126,7 @@ def test_decoding_is_bit_for_bit_that_of_the_factors():
         assert torch.equal(matrix.decode(0, 257, torch.bfloat16), factors.dense(torch.bfloat16))
 
 
-@pytest.mark.parametrize("kind", [NONE, INT4, INT8, INT16])
+@pytest.mark.parametrize("kind", [NONE, INT4, INT6, INT8, INT16])
 @pytest.mark.parametrize("n", [1, 15, 64, 65, 200])
 def test_storage(kind, n, compiled):
     """All storages hold all codes, whatever their remainder."""
@@ -145,7 +145,7 @@ def test_storage(kind, n, compiled):
 
 
 @pytest.mark.skipif(not sqf_kernels.HAVE_NUMBA, reason="compiled kernels")
-@pytest.mark.parametrize("kind", [NONE, INT4, INT8, INT16])
+@pytest.mark.parametrize("kind", [NONE, INT4, INT6, INT8, INT16])
 def test_results_do_not_depend_on_the_number_of_threads(kind):
     codes = integers(torch.Generator().manual_seed(0), (700, 600), 3.0)
     matrix = Integers((700, 600), kind, store(codes, kind), torch.rand(600), torch.rand(700))
@@ -162,7 +162,7 @@ def test_results_do_not_depend_on_the_number_of_threads(kind):
 
 
 @pytest.mark.skipif(not sqf_kernels.HAVE_NUMBA, reason="compiled kernels")
-@pytest.mark.parametrize("kind", [INT4, INT8])
+@pytest.mark.parametrize("kind", [INT4, INT6, INT8])
 def test_inputs_without_a_fixed_point(kind):
     """Infinities and NaN reach the rows of output that they belong to, and no other; tiny inputs count too."""
     codes = integers(torch.Generator().manual_seed(0), (30, 50), 2.0, 7)
@@ -187,6 +187,8 @@ def test_few_codes_decide_the_storage():
     small[0, :50] = 20
     assert kind_for(small, INT4, 100) == INT4
     small[:5] = 20
+    assert kind_for(small, INT4, 100) == INT6
+    small[:5] = 40
     assert kind_for(small, INT4, 100) == INT8
     assert kind_for(small.short() * 30, INT8, 100) == INT16
     assert kind_for(small.int() * 30000, INT8, 100) == sqf_integers.INT32
