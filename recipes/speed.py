@@ -8,7 +8,7 @@ alike, and ratios are medians of the ratios within a repetition:
   outgrow the processor's caches, as a model's layers do;
 - memory: what a fresh process holds more once the model is loaded and has run, by the system's figures.
 
-Writes ``results/speed.txt`` and ``results/speed.json``. Linux only.
+Writes ``results/speed.txt`` and ``results/speed.json``, or ``speed_models`` without single layers. Linux only.
 
     python recipes/speed.py FOLDER [--bits 3 4] [--threads 1 2] [--repeats 7]
 
@@ -181,8 +181,9 @@ options = {} if runtime == "none" else {"quantization_config": hf_sqf.SQFConfig(
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
 loaded = time.perf_counter() - start
 model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=4, min_new_tokens=4)
+ran = time.perf_counter() - start  # codes are decoded, and what is mapped is read, when a model first runs
 packed = [p for n, p in model.named_parameters() if n.endswith("_factors")]
-print(json.dumps({"held": held() - before, "load": loaded, "bytes": sum(p.numel() for p in packed)}))
+print(json.dumps({"held": held() - before, "load": loaded, "ran": ran, "bytes": sum(p.numel() for p in packed)}))
 """
 
 
@@ -205,6 +206,10 @@ def memory(dense: Path, small: Path, repeats: int = 3) -> list[dict[str, Any]]:
         row["bytes a weight, weights alone"] = runs[0]["bytes"] / weights
         row["load s"] = median(run["load"] for run in runs)
         row["x dense load"] = median(r["load"] / d["load"] for r, d in zip(runs, found["dense"], strict=True))
+        row["load and 4 tokens s"] = median(run["ran"] for run in runs)
+        row["x dense, load and 4 tokens"] = median(
+            r["ran"] / d["ran"] for r, d in zip(runs, found["dense"], strict=True)
+        )
         rows.append(row)
     return rows
 
@@ -232,6 +237,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[3.0, 4.0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--no-products", action="store_true", help="leave single layers out, which take longest")
     parser.add_argument("--small", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=["decoding", "products"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -255,7 +261,7 @@ def main() -> None:
         kept[title] = rows
         text.append(table(title, rows))
 
-    for threads in options.threads:
+    for threads in [] if options.no_products else options.threads:
         keep(f"Linear layers, threads: {threads}", measure("products", options.folder, None, options.repeats, threads))
     for bits in options.bits:
         with tempfile.TemporaryDirectory() as folder:
@@ -272,8 +278,9 @@ def main() -> None:
             keep(f"Fresh processes after loading and running at {bits:g} bits", memory(options.folder, small))
     print("\n".join(text))
     KEPT.mkdir(exist_ok=True)
-    (KEPT / "speed.txt").write_text("\n".join(text))
-    (KEPT / "speed.json").write_text(json.dumps(kept, indent=1))
+    name = "speed_models" if options.no_products else "speed"
+    (KEPT / f"{name}.txt").write_text("\n".join(text))
+    (KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1))
 
 
 if __name__ == "__main__":
