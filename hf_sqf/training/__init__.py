@@ -20,6 +20,7 @@ of the whole model in place of the weight's distance, and an optimizer's step in
 ``resuming``       the latents in a checkpoint: with the optimizer's state
 ``callback``       ``SQFCallback``: the Trainer's events
 ``distillation``   ``distillation_loss``: the original as the teacher
+``blockwise``      each block fitted to the original's, before training from end to end
 ``adapters``       LoRA on top of compressed weights, which must not be merged into them
 =================  ============================================================================================
 

@@ -97,7 +97,7 @@ class TrainedTerm:
         self.term = self._finer(term)
         self.scale = float(term.scale_value())
         self.limits = Limits.of(term, structure)
-        # On a trellis a change costs others, and prices undo what calibration made of codes that go along.
+        # On a trellis, where a change takes others along, all at once did harm wherever it was tried.
         all_at_once = wanted is not None and not term.trellis
         self._share = options.share or (1.0 if all_at_once else _SHARE)
         values = self._values(self.term)
