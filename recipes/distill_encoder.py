@@ -11,16 +11,11 @@ mean-pooled embeddings to the original's. Texts hold a paragraph a line. Figures
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from calibrated_encoder import embed, paragraphs
-from distill_lm import RESULTS, Curve, draw
+from distill_lm import Curve, training_arguments, write
 from torch import nn
 from transformers import (
     AutoModel,
@@ -29,11 +24,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
-import hf_sqf
 from hf_sqf import SQFCallback, SQFConfig, compress, distillation_loss, size_report
 
 LENGTH = 128
@@ -113,18 +106,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
-            TrainingArguments(
-                folder,
-                max_steps=args.steps,
-                per_device_train_batch_size=args.batch,
-                learning_rate=args.learning_rate,
-                lr_scheduler_type="cosine",
-                logging_steps=args.every,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
-            ),
+            training_arguments(args, folder, logging_steps=args.every),
             train_dataset=[dict(tokenizer(text, truncation=True, max_length=LENGTH)) for text in lines],
             data_collator=DataCollatorWithPadding(tokenizer),
             callbacks=[
@@ -138,29 +120,14 @@ def main() -> None:
         trainer.save_model(folder)
         small = AutoModel.from_pretrained(folder).eval()
     after, tuned = distance.of(small), size_report(small)
-    steps = trainer.state.global_step
     record = {
-        "model": args.model.rstrip("/").split("/")[-1],
-        "mode": args.mode,
-        "bits": [size.bits_per_weight, tuned.bits_per_weight],
-        "bytes": [size.total_bytes, tuned.total_bytes],
         "distance": [before, after],
-        "steps": steps,
+        "steps": trainer.state.global_step,
         "processor_seconds": curve.spent,
         "paragraphs": {"step": args.batch, "all": len(lines), "dev": len(distance.texts)},
-        "options": {name: str(value) for name, value in vars(args).items() if not isinstance(value, Path)},
         "curve": [{"step": 0, "seconds": 0.0, "distance": before}, *curve.points],
-        "made": {"date": str(date.today()), "python": platform.python_version(), "hf_sqf": hf_sqf.__version__}
-        | {name: version(name) for name in ("torch", "transformers", "numba")}
-        | {"threads": torch.get_num_threads(), "machine": platform.machine()},
     }
-    record["options"]["model"] = record["model"]
-    keep = args.keep or RESULTS / f"distill_encoder_{args.mode}"
-    keep.parent.mkdir(exist_ok=True)
-    keep.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    title = f"{record['model']}, {tuned.bits_per_weight:.2f} bits, {args.mode}: {before:.4f} to {after:.4f}"
-    draw(record["curve"], "distance", "1 - cosine to the original's embeddings", title, keep.with_suffix(".png"))
-    print(f"1 - cosine {before:.5f} to {after:.5f}, {size.total_bytes:,} to {tuned.total_bytes:,} bytes, {steps} steps")
+    write(args, "distill_encoder", record, (size, tuned), "distance", "1 - cosine to the original's embeddings")
 
 
 if __name__ == "__main__":

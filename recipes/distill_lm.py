@@ -37,6 +37,7 @@ from transformers import (
 
 import hf_sqf
 from hf_sqf import SQFCallback, SQFConfig, compress, distillation_loss, size_report
+from hf_sqf.runtime.sqf_size import SizeReport
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -151,6 +152,22 @@ def with_embeddings(trainer: Trainer, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=trainer.args.learning_rate, weight_decay=0.0)
 
 
+def training_arguments(args: argparse.Namespace, folder: str, logging_steps: int) -> TrainingArguments:
+    """Return what the Trainer is told: on processors, with a cosine schedule, nothing saved or reported."""
+    return TrainingArguments(
+        folder,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        logging_steps=logging_steps,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+
+
 def draw(points: list[dict[str, float]], unit: str, label: str, title: str, path: Path) -> None:
     """Draw the distance against steps."""
     import matplotlib
@@ -164,6 +181,46 @@ def draw(points: list[dict[str, float]], unit: str, label: str, title: str, path
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+def write(
+    args: argparse.Namespace,
+    name: str,
+    record: dict[str, Any],
+    sizes: tuple[SizeReport, SizeReport],
+    unit: str,
+    label: str,
+) -> None:
+    """Keep figures and curve, with what was asked for and what it was made with, and print the result.
+
+    Args:
+        args: of the command line.
+        name: of the files, unless ``args.keep`` says otherwise.
+        record: the figures, with ``unit``: the distance before and after, and its ``curve``.
+        sizes: of the model before and after.
+        unit: key of the distance.
+        label: what it is.
+    """
+    record = {
+        "model": args.model.rstrip("/").split("/")[-1],
+        "mode": args.mode,
+        "bits": [size.bits_per_weight for size in sizes],
+        "bytes": [size.total_bytes for size in sizes],
+        **record,
+        "options": {name: str(value) for name, value in vars(args).items() if not isinstance(value, Path)},
+        "made": {"date": str(date.today()), "python": platform.python_version(), "hf_sqf": hf_sqf.__version__}
+        | {package: version(package) for package in ("torch", "transformers", "numba")}
+        | {"threads": torch.get_num_threads(), "machine": platform.machine()},
+    }
+    record["options"]["model"] = record["model"]
+    keep = args.keep or RESULTS / f"{name}_{args.mode}"
+    keep.parent.mkdir(exist_ok=True)
+    keep.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    before, after = record[unit]
+    title = f"{record['model']}, {record['bits'][1]:.2f} bits, {args.mode}: {before:.4f} to {after:.4f}"
+    draw(record["curve"], unit, label, title, keep.with_suffix(".png"))
+    old, new = record["bytes"]
+    print(f"{label}: {before:.5f} to {after:.5f}, {old:,} to {new:,} bytes, {record['steps']} steps")
 
 
 def main() -> None:
@@ -182,18 +239,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
-            TrainingArguments(
-                folder,
-                max_steps=args.steps,
-                per_device_train_batch_size=args.batch,
-                learning_rate=args.learning_rate,
-                lr_scheduler_type="cosine",
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
-            ),
+            training_arguments(args, folder, logging_steps=1),
             train_dataset=[{"input_ids": ids, "labels": ids} for ids in sequences],
             callbacks=[
                 SQFCallback(
@@ -215,31 +261,16 @@ def main() -> None:
         small = AutoModelForCausalLM.from_pretrained(folder)
     after, tuned = whole.of(small), size_report(small)
     steps = trainer.state.global_step
-    packages = {name: version(name) for name in ("torch", "transformers", "numba")}
     record = {
-        "model": args.model.rstrip("/").split("/")[-1],
-        "mode": args.mode,
-        "bits": [size.bits_per_weight, tuned.bits_per_weight],
-        "bytes": [size.total_bytes, tuned.total_bytes],
         "kl": [before, after],
         "steps": steps,
         "seconds_per_step": curve.spent / max(steps, 1),
         "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
         "tokens": {"step": args.batch * args.context, "dev": dev.numel(), "curve": some.sequences.numel()},
-        "options": {name: str(value) for name, value in vars(args).items() if not isinstance(value, Path)},
         "curve": [{"step": 0, "seconds": 0.0, "kl": start}, *curve.points],
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-        "made": {"date": str(date.today()), "python": platform.python_version(), "hf_sqf": hf_sqf.__version__}
-        | packages
-        | {"threads": torch.get_num_threads(), "machine": platform.machine()},
     }
-    record["options"]["model"] = record["model"]
-    keep = args.keep or RESULTS / f"distill_lm_{args.mode}"
-    keep.parent.mkdir(exist_ok=True)
-    keep.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    title = f"{record['model']}, {tuned.bits_per_weight:.2f} bits, {args.mode}: {before:.3f} to {after:.3f}"
-    draw(record["curve"], "kl", "KL divergence, nats per token", title, keep.with_suffix(".png"))
-    print(f"KL {before:.4f} to {after:.4f}, {size.total_bytes:,} to {tuned.total_bytes:,} bytes, {steps} steps")
+    write(args, "distill_lm", record, (size, tuned), "kl", "KL divergence, nats per token")
 
 
 if __name__ == "__main__":
