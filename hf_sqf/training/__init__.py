@@ -41,8 +41,8 @@ small share of all in a step.
 *Codes on a trellis* (dependent quantization) are projected by Viterbi's algorithm every few steps, and stay what they
 were in between while their latents gather gradients. So they are on a path of the machine after every step, and what is
 trained meanwhile (scales, norms) is trained for them. The alternative, free integers on the fine grid and one pass of
-Viterbi's algorithm at the end, was not chosen: free codes cost about a bit more each, so that the last pass would undo
-what training did, with no step left to make up for it.
+Viterbi's algorithm at the end, was not chosen: free codes cost more, so that the last pass would undo what training
+did, with no step left to make up for it (``recipes/projections.py`` compares them).
 
 *Light* training needs no gradient of a whole weight: with y = ((x . steps) Z^T) . rows, a step's gradient is a sum over
 tokens of x dL/dx, and a row's one of y dL/dy. It takes two products a layer instead of three.
