@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from ..report.fidelity import TEXTS, Inputs, compare, default_texts, padding, random_inputs, text_inputs
+from ..runtime.sqf_backends import packed_bytes
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_modules import SUFFIX
 
@@ -106,11 +107,12 @@ def config_of(model: PreTrainedModel) -> SQFConfig:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Return eight hex digits that change when a compressed weight does."""
+    """Return eight hex digits that change when a compressed weight does, but not when it only runs in another form."""
     crc = 0
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
         if name.endswith(SUFFIX):
-            crc = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), zlib.crc32(name.encode(), crc))
+            packed = packed_bytes(parameter).detach()
+            crc = zlib.crc32(packed.cpu().numpy().tobytes(), zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 _LOGITS = 1 << 24  # logits that are in float32 at a time
 _NOT_FOR_TEACHERS = {"labels", "num_items_in_batch", "past_key_values", "use_cache"}
@@ -56,10 +58,25 @@ def watch(model: nn.Module, accumulated: int = 1) -> None:
 def _note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     names = list(inspect.signature(model.forward).parameters)
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+    if model.training and len(_losses):
+        _without_dropout(model)
     _latest.seen = _Seen(weakref.ref(model), inputs, _watched.get(model, 1) if model.training else 1)
     if len(_wanting_states):
         kwargs = {**kwargs, "output_hidden_states": True}
     return args, kwargs
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Have a model that trains drop nothing, until its next ``train()``.
+
+    The teacher's outputs are those of all its units: held to them with some units missing, scales would make up for
+    what is missing, and be wrong when all are there. What a layer checks before it recomputes its activations, and how
+    batches are normalized, stays.
+    """
+    kept = (PreTrainedModel, GradientCheckpointingLayer, nn.modules.batchnorm._NormBase)
+    for module in model.modules():
+        if not isinstance(module, kept):
+            module.training = False
 
 
 class ForwardKL(torch.autograd.Function):
@@ -197,7 +214,8 @@ def distillation_loss(
     """Return a loss for the Trainer's ``compute_loss_func`` that holds a compressed model to its original.
 
     For models with logits it is the forward KL divergence from the teacher's, in nats per prediction, over all tokens
-    that are neither padding nor labelled -100; for encoders the distance of mean-pooled embeddings.
+    that are neither padding nor labelled -100; for encoders the distance of mean-pooled embeddings. As long as the loss
+    is there, the model that is trained drops nothing (dropout).
 
     Args:
         teacher: the original, in any dtype; it runs without gradients.

@@ -1,6 +1,7 @@
 """The loss that holds a model to its original."""
 
 import copy
+import gc
 import logging
 from collections.abc import Callable
 
@@ -192,3 +193,17 @@ def test_the_trainer_does_not_warn_at_every_step_that_there_are_no_labels(traine
     finally:
         logger.removeHandler(handler)
     assert said[-1] == "something else" and not any("labels=None" in message for message in said)
+
+
+def test_the_student_drops_nothing():
+    model, inputs = compressed("bert"), {"input_ids": torch.arange(3, 12)[None]}
+    assert model.config.hidden_dropout_prob > 0
+    distillation.watch(model)
+    gc.collect()  # losses of other tests
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = model.eval()(**inputs).last_hidden_state
+        assert not torch.equal(model.train()(**inputs).last_hidden_state, expected)  # with labels, it drops
+        loss = distillation_loss(build("bert"))
+        assert torch.equal(model.train()(**inputs).last_hidden_state, expected)
+    assert model.training and loss is not None
