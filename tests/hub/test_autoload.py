@@ -24,23 +24,19 @@ def watchers() -> list[object]:
     return [finder for finder in found if finder.watched == hf_sqf_autoload.WATCHED]
 
 
-def test_costs_less_than_five_milliseconds():
-    """Import and call in a fresh process, processor time, the best of five; and nothing heavy is imported for it."""
+def test_imports_next_to_nothing():
+    """What takes time at every ``import torch`` is what is imported: a few modules of the standard library at most."""
     program = (
-        "import json, os, sys, time\n"
+        "import json, sys\n"
         "before = set(sys.modules)\n"
-        "start = time.process_time()\n"
         "import hf_sqf_autoload\n"
         "hf_sqf_autoload.install()\n"
-        "spent = time.process_time() - start\n"
-        "print(json.dumps([spent, sorted(set(sys.modules) - before)]))\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))\n"
     )
-    runs = []
-    for _ in range(5):
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-        runs.append(json.loads(done.stdout))
-    assert min(spent for spent, _ in runs) < 0.005
-    assert not {"torch", "transformers", "hf_sqf", "numpy"} & {name.split(".")[0] for name in runs[0][1]}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert "hf_sqf_autoload" in found and len(found) <= 20
+    assert not {"torch", "transformers", "hf_sqf", "numpy"} & {name.split(".")[0] for name in found}
 
 
 @pytest.mark.parametrize(("variable", "watching"), [(None, True), ("TORCH_DEVICE_BACKEND_AUTOLOAD", False)])
