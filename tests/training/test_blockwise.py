@@ -42,11 +42,11 @@ def test_blocks_come_nearer_to_the_teachers(name: str):
     callback.finish()
 
 
-@pytest.mark.parametrize("mode", ["light"])
+@pytest.mark.parametrize("mode", ["light", "latent", "hard"])
 def test_the_trainer_begins_with_blocks(mode: str, trainer_for: MakeTrainer):
     model, teacher = compressed("llama_tied", bits=2.0), build("llama_tied")
     before = errors(model, teacher)
-    callback = SQFCallback(mode, block_steps=STEPS, original=teacher)
+    callback = SQFCallback(mode, code_rate=0.2, block_steps=STEPS, original=teacher)
     trainer_for(model, callback, teacher, learning_rate=1e-2, max_steps=1, lr_scheduler_type="constant").train()
     after = errors(model, teacher)
     assert not any(isinstance(module, TrainedModule) for module in model.modules())
