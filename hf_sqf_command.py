@@ -162,6 +162,13 @@ def give(figures: object) -> None:
     typer.echo(json.dumps(figures, indent=1, allow_nan=False))
 
 
+def replaced(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a file with those of the line in their place; a size takes the place of bits."""
+    if given.keys() & {"bits", "target_size"}:
+        options = {name: value for name, value in options.items() if name not in ("bits", "target_size")}
+    return options | given
+
+
 @app.command()
 def compress(
     ctx: typer.Context,
@@ -183,9 +190,21 @@ def compress(
         ),
     ] = None,
     structure: Annotated[
-        str,
-        typer.Option(help="auto, grid, svd, sparse_pca, vq, pgd or a sum such as svd+grid. grid is much the fastest."),
-    ] = "auto",
+        str | None,
+        typer.Option(
+            show_default="auto",
+            help="auto, grid, svd, sparse_pca, vq, pgd or a sum such as svd+grid. grid is much the fastest.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE.yaml",
+            help="Options as a file, such as {bits: 2.5, structure: grid}. Those on the line count more.",
+        ),
+    ] = None,
     trellis: Annotated[
         int | None, typer.Option(show_default="64", help="States of dependent quantization, 4 to 256.")
     ] = None,
@@ -193,17 +212,18 @@ def compress(
         bool, typer.Option("--no-trellis", help="Round every code by itself: faster, larger at the same error.")
     ] = False,
     include_embeddings: Annotated[
-        bool, typer.Option(show_default=False, help="Compress embeddings and language model heads, as by default.")
-    ] = True,
+        bool | None,
+        typer.Option(show_default=False, help="Compress embeddings and language model heads, as by default."),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(show_default="32", help="Inputs of the calibration data, of each kind of text.")
     ] = None,
     context: Annotated[int | None, typer.Option(show_default="512", help="Tokens of an input, at most.")] = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    seed: Annotated[int | None, typer.Option(show_default="0", help="Of what is drawn at random.")] = None,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Load the weights in this type; auto: as they are saved."),
-    ] = "auto",
+        Literal["auto", "float32", "bfloat16", "float16"] | None,
+        typer.Option(show_default="auto", help="Load the weights in this type; auto: as they are saved."),
+    ] = None,
     auto_class: Annotated[
         str | None,
         typer.Option(
@@ -221,23 +241,31 @@ def compress(
     hf-sqf compress sentence-transformers/all-MiniLM-L6-v2 small --bits 5
     hf-sqf compress org/model small --target-size 48MB --dataset texts.txt
     hf-sqf compress ./model ./small --bits 2.5 --structure grid --no-trellis --force
+    hf-sqf compress org/model small --recipe options.yaml
     """
     if bits is not None and target_size is not None:
         raise typer.BadParameter("give --bits or --target-size, not both")
     if trellis is not None and no_trellis:
         raise typer.BadParameter("give --trellis or --no-trellis, not both")
-    if dataset is None and (samples is not None or context is not None):
-        raise typer.BadParameter("--samples and --context are of calibration data: give --dataset, too")
     from hf_sqf.cli.compressing import compress as run_compress
     from hf_sqf.cli.compressing import sqf_config
 
-    given = {"bits": bits, "target_size": target_size, "trellis": trellis, "samples": samples, "context": context}
+    given = {"bits": bits, "target_size": target_size, "dataset": dataset, "structure": structure, "trellis": trellis}
+    given |= {"include_embeddings": include_embeddings, "samples": samples, "context": context, "seed": seed}
+    given |= {"dtype": dtype, "auto_class": auto_class}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if no_trellis:
         options["trellis"] = None
+    if recipe is not None:
+        from hf_sqf.cli.recipe import read_options
+
+        options = replaced(read_options(recipe), options)
+    if "dataset" not in options and ("samples" in options or "context" in options):
+        raise typer.BadParameter("--samples and --context are of calibration data: give --dataset, too")
+    loading = {name: options.pop(name) for name in ("dtype", "auto_class") if name in options}
     with usage():
-        config = sqf_config(dataset, **options, structure=structure, seed=seed, include_embeddings=include_embeddings)
-    made = run_compress(model, out, config, auto_class=auto_class, dtype=dtype, force=force)
+        config = sqf_config(**options)
+    made = run_compress(model, out, config, force=force, **loading)
     if made is not None:
         give(asdict(made)) if as_json else say(ctx, made)
 
@@ -279,11 +307,12 @@ def report(
     It shows sizes, coverage, bits per weight of each layer, how often each code occurs, and what evaluate --record
     measured.
     """
-    from hf_sqf.cli.folders import refuse_file, whole_file
+    from hf_sqf.cli.folders import refuse_file
     from hf_sqf.cli.showing import inspected
     from hf_sqf.hub.fetching import folder_of
     from hf_sqf.report.accounts import count_codes
     from hf_sqf.report.page import page
+    from hf_sqf.report.writing import whole_file
 
     refuse_file(out, ".html", force)
     counts: Counter[int] = Counter()

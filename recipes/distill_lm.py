@@ -107,7 +107,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=70)
     parser.add_argument("--minutes", type=float, default=90.0, help="of processor time that training may take at most")
-    parser.add_argument("--embedding-rate", type=float, default=0.0, help="learning rate of the dense embeddings")
+    parser.add_argument("--train", default="all", help="of SQFCallback: what is trained; '.' adds the dense embeddings")
     parser.add_argument("--block-steps", type=int, default=0, help="steps on each block before training end to end")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2, help="sequences a step")
@@ -140,16 +140,6 @@ def compressed_model(args: argparse.Namespace, tokenizer: Any) -> PreTrainedMode
             return model
         model.save_pretrained(args.compressed)
     return AutoModelForCausalLM.from_pretrained(args.compressed)
-
-
-def with_embeddings(trainer: Trainer, rate: float) -> torch.optim.Optimizer:
-    """Return an optimizer that trains the dense embeddings, too, at a rate of their own: the file has them anyway."""
-    assert isinstance(trainer.model, PreTrainedModel)
-    scales = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    embeddings = trainer.model.get_input_embeddings().weight
-    assert isinstance(embeddings, Tensor)
-    groups: list[dict[str, Any]] = [{"params": scales}, {"params": [embeddings.requires_grad_()], "lr": rate}]
-    return torch.optim.AdamW(groups, lr=trainer.args.learning_rate, weight_decay=0.0)
 
 
 def training_arguments(args: argparse.Namespace, folder: str, logging_steps: int) -> TrainingArguments:
@@ -244,6 +234,7 @@ def main() -> None:
             callbacks=[
                 SQFCallback(
                     args.mode,
+                    args.train,
                     code_rate=args.code_rate,
                     share=args.share,
                     original=teacher,
@@ -253,8 +244,6 @@ def main() -> None:
             ],
             compute_loss_func=distillation_loss(teacher),
         )
-        if args.embedding_rate:
-            trainer.optimizer = with_embeddings(trainer, args.embedding_rate)
         curve.begin()
         trainer.train()
         trainer.save_model(folder)

@@ -1,4 +1,4 @@
-"""Folders and files that are written whole or not at all."""
+"""Where results may be written, and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -65,14 +65,3 @@ def refuse_file(out: Path, suffix: str, force: bool) -> None:
         raise ValueError(f"{out}: the name should end in {suffix}")
     if out.is_dir() or (out.exists() and not force):
         raise FileExistsError(f"{out} is a folder" if out.is_dir() else f"{out} exists; --force replaces it")
-
-
-def whole_file(out: Path, text: str) -> None:
-    """Write a text to a file beside ``out``, which then takes its name."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)

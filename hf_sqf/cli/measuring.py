@@ -15,8 +15,8 @@ from ..compress.companions import beside_weights
 from ..hub.card import write_card
 from ..hub.checking import CONTEXT, check, tokenizer_of
 from ..hub.fetching import folder_of
+from ..report.writing import whole_file
 from ..runtime.sqf_size import file_bytes
-from .folders import whole_file
 from .labelled import Labelled
 from .originals import auto_class_for, card_of, ordinary_config
 from .speech import forced, word_error_rate

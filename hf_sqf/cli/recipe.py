@@ -18,9 +18,10 @@ from typing import Any
 import yaml
 
 from ..hub.card import package_version
+from ..report.writing import whole_file
 from ..runtime.sqf_config import SQFConfig
 from .compressing import compress, sqf_config
-from .folders import refuse_overwriting, whole_file
+from .folders import refuse_overwriting
 from .labelled import Labelled
 from .measuring import SPLIT, Row, evaluate
 from .originals import auto_class_for, ordinary_config
@@ -154,6 +155,31 @@ class Recipe:
         return found
 
 
+def read_options(file: Path) -> dict[str, Any]:
+    """Read the options of one compression: a file of them, or a recipe of one compression.
+
+    Returns:
+        The fields of an SQFConfig that it names, and ``dtype`` and ``auto_class``, if it does.
+
+    Raises:
+        ValueError: it is no YAML, a key is unknown, or the recipe has several compressions.
+    """
+    said = _read(file)
+    if "compressions" not in said:
+        _refuse_unknown(said, _OPTIONS | {"dtype", "auto_class"}, str(file))
+        return said
+    recipe = read_recipe(file)
+    names = [name for name, entry in zip(recipe.names(), recipe.compressions, strict=True) if "from" not in entry]
+    if len(names) > 1:
+        raise ValueError(
+            f"{file} has {len(names)} compressions ({', '.join(names)}), and hf-sqf run makes them all: "
+            "compress --recipe takes the options of one, such as {bits: 2.5, structure: grid}"
+        )
+    common = {"dtype": recipe.dtype, "auto_class": recipe.auto_class, "dataset": recipe.dataset}
+    given = {name: value for name, value in common.items() if value is not None}
+    return given | {name: value for name, value in recipe.compressions[0].items() if name != "name"}
+
+
 def read_recipe(file: Path, settings: dict[str, str] | None = None) -> Recipe:
     """Read a recipe.
 
@@ -164,19 +190,22 @@ def read_recipe(file: Path, settings: dict[str, str] | None = None) -> Recipe:
     Raises:
         ValueError: it is no YAML, a key is unknown or missing, or a value does not fit.
     """
-    try:
-        said = yaml.safe_load(file.read_text(encoding="utf-8"))
-        said = (
-            said if not isinstance(said, dict) else said | {k: yaml.safe_load(v) for k, v in (settings or {}).items()}
-        )
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is no YAML: " + " ".join(str(error).split())) from error
-    if not isinstance(said, dict):
-        raise ValueError(f"{file} must hold keys and values, as a recipe does")
+    said = _read(file, settings)
     _refuse_unknown(said, {f.name for f in fields(Recipe)}, str(file))
     if missing := [name for name in ("model", "out", "compressions") if name not in said]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
     return Recipe(**said)
+
+
+def _read(file: Path, settings: dict[str, str] | None = None) -> dict[str, Any]:
+    try:
+        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+        changes = {key: yaml.safe_load(value) for key, value in (settings or {}).items()}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: " + " ".join(str(error).split())) from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{file} must hold keys and values, as a recipe does")
+    return said | changes
 
 
 def run(recipe: Recipe, force: bool = False) -> list[Row]:

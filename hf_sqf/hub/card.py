@@ -18,6 +18,7 @@ from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto import modeling_auto
 
 from ..report.accounts import megabytes
+from ..report.writing import whole_file
 from ..runtime.sqf_config import SQFConfig
 from ..runtime.sqf_modules import SUFFIX
 from ..runtime.sqf_size import entry_bytes, file_bytes, header_of
@@ -45,7 +46,7 @@ def write_card(folder: str | Path, repo_id: str | None = None, base_card: ModelC
     path = folder / "README.md"
     if path.exists() and not ours(path.read_text(encoding="utf-8")):
         return None
-    path.write_text(str(make_card(folder, repo_id, base_card)), encoding="utf-8")
+    whole_file(path, str(make_card(folder, repo_id, base_card)))
     return path
 
 

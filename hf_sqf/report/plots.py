@@ -21,6 +21,7 @@ from torch import Tensor
 from ..compress.threads import one_thread
 from .accounts import bits_by_layer, code_shares
 from .fidelity import HEADINGS
+from .writing import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,8 +93,8 @@ def save(figure: Figure, file: Path, description: str | None = None) -> None:
     metadata: dict[str, Any] = {"Date": None} if svg else {}
     if description is not None:
         metadata["Description"] = description
-    with matplotlib.rc_context({"svg.hashsalt": "hf_sqf", "svg.fonttype": "none"}):
-        figure.savefig(file, dpi=150, metadata=metadata)
+    with matplotlib.rc_context({"svg.hashsalt": "hf_sqf", "svg.fonttype": "none"}), whole(file) as part:
+        figure.savefig(part, dpi=150, metadata=metadata)
 
 
 def blank(width: float = 6.0, height: float = 4.0) -> Figure:

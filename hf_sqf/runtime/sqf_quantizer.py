@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .sqf_config import QUANT_METHOD, SQFConfig
 from .sqf_forms import keep_later
+from .sqf_memory import align
 from .sqf_model import compressed_modules, saved_state
 from .sqf_modules import SUFFIX, Held, compress_module, decompress_module, weights_of
 from .sqf_size import compressed_bytes
@@ -75,6 +76,7 @@ class SQFQuantizer(HfQuantizer):
             recount(model, self.quantization_config)
         if self.pre_quantized and self.quantization_config.dequantize:
             decompress(model)
+            align(model)
         else:
             settle(model, self.quantization_config.runtime)
 
@@ -126,6 +128,7 @@ def register(quantizer: type[SQFQuantizer] = SQFQuantizer) -> None:
 
 def settle(model: PreTrainedModel, runtime: str) -> None:
     """Have a model that has become a compressed one run as asked for, once it runs; call the :data:`COMPANIONS`."""
+    align(model)
     keep_later((module for _, module in compressed_modules(model)), runtime)
     for attach, _ in COMPANIONS.values():
         attach(model)

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..compress.blocks import Batch, Reached, Replay, find_stacks
 from ..compress.recorder import measuring
+from .relative import RelativeSteps
 
 _LEAST_POWER = 1e-12
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -110,6 +111,7 @@ def _fit(
         return []
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    beside = RelativeSteps(block)
     losses = []
     for step in range(steps):
         number = step % len(given)
@@ -117,7 +119,9 @@ def _fit(
         loss = relative_error(block(*args, **kwargs), expected[number], batches[number].get("attention_mask"))
         loss.backward()
         _average(parameters)
+        beside.begin()
         optimizer.step()
+        beside.end()
         optimizer.zero_grad()
         schedule.step()
         project(block, step + 1)

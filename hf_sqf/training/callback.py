@@ -27,6 +27,7 @@ from .blockwise import distill_blocks
 from .distillation import watch
 from .factors import TrainedWeight
 from .modules import PREFIX, TrainedModule, finish, start
+from .relative import RelativeSteps
 from .resuming import Keeper
 from .terms import Options, TrainedTerm
 
@@ -43,10 +44,12 @@ class SQFCallback(TrainerCallback):
     The model is made trainable when the Trainer is built, and is an ordinary compressed model again when training
     ends; so is every checkpoint, at any time. A second ``train()`` goes on from there.
 
-    Scales train well at a learning rate of 2e-3 with Adam; what training logs is ``bits`` (per weight, of all that is
-    trained), ``sparsity``, and ``codes_changed`` (per step, in share of all). The log history has them, and callbacks
-    that come after this one: for TensorBoard, say, ``callbacks=[SQFCallback(), TensorBoardCallback()]`` with
-    ``report_to="none"``.
+    Scales train well at a learning rate of 2e-3 with Adam: they are trained as logarithms. What is trained beside the
+    factors (norms, biases, new heads) moves relative to its size, too: see :mod:`.relative`.
+
+    Training logs ``bits`` (per weight, of all that is trained), ``sparsity``, and ``codes_changed`` (per step, in share
+    of all). The log history has them, and callbacks that come after this one: for TensorBoard, say,
+    ``callbacks=[SQFCallback(), TensorBoardCallback()]`` with ``report_to="none"``.
 
     Args:
         mode: ``"light"`` trains scales alone: codes and dictionaries stay. ``"latent"`` trains codes and dictionaries,
@@ -109,6 +112,7 @@ class SQFCallback(TrainerCallback):
         self._weights: list[TrainedWeight] = []
         self._frozen: list[nn.Parameter] = []
         self._keeper: Keeper | None = None
+        self._beside: RelativeSteps | None = None
         self._logged: tuple[int, int] = 0, 0  # step, and codes changed until then
         TRAINERS.add(self)
 
@@ -167,6 +171,7 @@ class SQFCallback(TrainerCallback):
             if parameter.requires_grad and PREFIX not in name and left_out:
                 parameter.requires_grad_(False)
                 self._frozen.append(parameter)
+        self._beside = RelativeSteps(self._model)
         _restate(self._model, fidelity=None)  # what was measured is no longer what will be saved
 
     def _terms(self) -> list[TrainedTerm]:
@@ -247,11 +252,20 @@ class SQFCallback(TrainerCallback):
         for weight in {w for module, trained in self._modules if module in inside for w in trained.values()}:
             weight.project(step)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note where biases and norms are."""
+        assert self._beside is not None
+        self._beside.begin()
+
     @torch.no_grad()
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Project the codes: from here on they are in their sets again."""
+        """Shorten the steps of biases and norms, and project the codes: from here on they are in their sets again."""
+        assert self._beside is not None
+        self._beside.end()
         for weight in self._weights:
             weight.project(state.global_step + 1)
 

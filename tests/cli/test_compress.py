@@ -61,6 +61,45 @@ def test_target_size_dtype_and_json(original: Path, typed, tmp_path: Path):
     assert made["original_bytes"] == 2 * made["parameters"]
 
 
+def asked_for(folder: Path, *names: str) -> list[object]:
+    """Return fields of the config of a compressed model."""
+    config = AutoConfig.from_pretrained(folder).quantization_config
+    return [config[name] for name in names]
+
+
+def test_options_of_a_file(original: Path, typed, tmp_path: Path):
+    (tmp_path / "options.yaml").write_text("{bits: 5.5, structure: grid, trellis: null, seed: 3, dtype: bfloat16}")
+    typed("compress", original, "as_said", "--recipe", "options.yaml")
+    assert asked_for(tmp_path / "as_said", "bits", "structure", "trellis", "seed") == [5.5, "grid", None, 3]
+    assert str(AutoConfig.from_pretrained(tmp_path / "as_said").dtype) == "torch.bfloat16"
+    typed("compress", original, "changed", "--recipe", "options.yaml", "--target-size", "60kB", "--seed", 0)
+    assert asked_for(tmp_path / "changed", "target_size", "structure", "seed") == ["60kB", "grid", 0]
+
+
+def test_a_recipe_of_one_compression_is_options_too(original: Path, texts: Path, typed, tmp_path: Path):
+    entry = "{name: small, bits: 6, structure: grid, trellis: null, samples: 4, context: 16}"
+    recipe = f"{{model: elsewhere, out: nowhere, dataset: {texts}, compressions: [{entry}]}}"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    typed("compress", original, "out", "--recipe", "recipe.yaml", "--bits", 5)
+    assert asked_for(tmp_path / "out", "bits", "structure") == [5, "grid"]
+    assert AutoConfig.from_pretrained(tmp_path / "out").quantization_config["coverage"]["calibration"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("{bits: 3, colour: red}", "unknown key colour"),
+        ("[1, 2]", "must hold keys and values"),
+        ("{bits: [", "is no YAML"),
+        ("{model: m, out: o, compressions: [{bits: 3}, {bits: 2}]}", "has 2 compressions (3-bit, 2-bit)"),
+    ],
+)
+def test_odd_files_of_options(recipe: str, says: str, original: Path, typed, tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    one_sentence(typed("compress", original, "out", "--recipe", "recipe.yaml", code=1), says)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
 @pytest.mark.parametrize("kind", ["texts", "jsonl", "self"])
 def test_calibration_data(kind: str, original: Path, texts: Path, typed, tmp_path: Path):
     if kind == "jsonl":
