@@ -218,7 +218,7 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
     """Return rows as a table of text."""
     cells = [list(rows[0])] + [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
     return "\n".join([title, *lines, ""])
 
 
