@@ -46,7 +46,9 @@ from hf_sqf import SQFCallback, SQFConfig, compress, size_report
 KEPT = Path(__file__).parent / "results" / "digits.txt"
 PACKAGES = ("torch", "transformers", "scikit-learn", "numba")
 RATE = 2e-3
-"""Learning rate of everything."""
+"""Learning rate of everything but codes."""
+CODES = 5.0
+"""How much faster codes move."""
 FIRST = {"embed": {"bits": 4.0}}
 """Convolution, patches and positions that see the picture."""
 _TRAINED_ON = 1300
@@ -153,7 +155,8 @@ def main(given: list[str] | None = None) -> int:
                 for original in dense:
                     small = compress(copy.deepcopy(original), config)
                     before.append(accuracy(small, held_out))
-                    train(small, trained_on, args.tuning, RATE, SQFCallback("latent", original=original))
+                    callback = SQFCallback("latent", code_rate=CODES, original=original)
+                    train(small, trained_on, args.tuning, RATE, callback)
                     after.append(accuracy(small, held_out))
                     reports.append(size_report(small))
                 largest = max(reports, key=lambda report: report.total_bytes)

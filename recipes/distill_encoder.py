@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trellis", type=int, default=64, help="states of dependent quantization; 0 for none")
     parser.add_argument("--samples", type=int, default=384, help="paragraphs to calibrate on")
     parser.add_argument("--mode", default="light", choices=("light", "latent", "hard"))
-    parser.add_argument("--code-rate", type=float, default=5.0)
+    parser.add_argument("--code-rate", type=float, default=0.5)
     parser.add_argument("--block-steps", type=int, default=0, help="steps on each block before training end to end")
     parser.add_argument("--hidden-states", type=float, default=0.0, help="weight of the hidden states in the loss")
     parser.add_argument("--steps", type=int, default=200)

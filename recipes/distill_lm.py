@@ -102,7 +102,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--structure", default="grid")
     parser.add_argument("--trellis", type=int, default=64, help="states of dependent quantization; 0 for none")
     parser.add_argument("--mode", default="light", choices=("light", "latent", "hard"))
-    parser.add_argument("--code-rate", type=float, default=5.0)
+    parser.add_argument("--code-rate", type=float, default=0.5)
     parser.add_argument("--share", type=float, help="most of the codes that a step may change; without, all")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=70)

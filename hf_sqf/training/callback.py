@@ -59,7 +59,9 @@ class SQFCallback(TrainerCallback):
             ``"light"``, the same with scales alone; or a regular expression, searched for in the names of weights and
             of other parameters: what it does not match stays as it is.
         resolution: least divisions of an octave in trained scales. The solvers have 16; finer scales take some bytes.
-        code_rate: how far codes move while the logarithm of a scale moves 1: the ratio of their learning rates.
+        code_rate: how far codes move while the logarithm of a scale moves 1: the ratio of their learning rates. Adam
+            moves every code in every step, whatever its gradient tells: over a whole training a tenth of a step of the
+            grid or two is much for a model of millions. Small models with labels take more.
         every: optimizer steps from one projection of codes on a trellis to the next. In between, the codes are those
             of the last one.
         share: most of the codes that a step may change, those first whose latents have gone furthest; on a trellis a
@@ -80,7 +82,7 @@ class SQFCallback(TrainerCallback):
         mode: str = "light",
         train: str = "all",
         resolution: int = 32,
-        code_rate: float = 5.0,
+        code_rate: float = 0.5,
         every: int = 8,
         share: float | None = None,
         original: PreTrainedModel | None = None,
