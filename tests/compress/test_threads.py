@@ -115,15 +115,12 @@ def test_no_more_run_at_a_time_than_there_is_room_for(threads):
     assert threads == 1 or max(sums) > 5
 
 
-def test_parts_of_parts_share_what_is_left():
-    torch.set_num_threads(4)
-    try:
-        inner = side_by_side(lambda _: len(set(side_by_side(_thread, range(40)))), range(2))
-        assert inner == [2, 2]
-        assert side_by_side(lambda _: len(set(side_by_side(_thread, range(40)))), range(1)) == [4]
-        assert torch.get_num_threads() == 4
-    finally:
-        torch.set_num_threads(1)
+@pytest.mark.parametrize("threads", [4], indirect=True)
+def test_parts_of_parts_share_what_is_left(threads):
+    inner = side_by_side(lambda _: len(set(side_by_side(_thread, range(40)))), range(2))
+    assert inner == [2, 2]
+    assert side_by_side(lambda _: len(set(side_by_side(_thread, range(40)))), range(1)) == [threads]
+    assert torch.get_num_threads() == threads
 
 
 def _thread(_: int) -> int:
