@@ -130,6 +130,14 @@ FIGURES = [  # what a sentence says -> the file that is kept, and what stands th
     ("as little as the dense file with `stream`", "speed.txt", r"stream .* 0\.21 +1\.04"),
     ("1.5 times as fast as float32 on one thread", "speed.txt", r"threads: 1\n(.*\n)* *auto float32 .* 1\.53 +1\.46 "),
     ("and 1.95 times on two, 1.5 and 1.2 times", "speed.txt", r"threads: 2\n(.*\n)* *auto float32 .* 1\.95 .* 1\.23 "),
+    (
+        "from a KL divergence of 0.300 to 0.237 in 130 steps of 1,024 tokens",
+        "distill_lm_light.json",
+        r'"kl": \[\s+0\.2999\d+,\s+0\.2373\d+\s+\],\s+"steps": 130,\s+"seconds_per_step": 18\.76(.*\n)+.*"step": 1024',
+    ),
+    ("the file grew by 0.03 %", "distill_lm_light.json", r'"bytes": \[\s+140539574,\s+140579105'),
+    ("a step takes 0.69 times as long", "training_cost.txt", r"light +\S+ +0\.69 +\S+ +0\.89"),
+    ("and 1.19 times with codes", "training_cost.txt", r"latent +\S+ +1\.19 +\S+ +1\.32"),
     ("A layer of 192 rows and 576 columns is up to 22 % slower", "speed.txt", r"192 x 576 +48 +\S+ +0\.78 "),
 ]
 
