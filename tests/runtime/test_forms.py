@@ -15,7 +15,7 @@ from hf_sqf.runtime import sqf_forms
 from hf_sqf.runtime.sqf_jit import HAVE_NUMBA
 from hf_sqf.runtime.sqf_modules import SUFFIX, SQFModule
 from hf_sqf.runtime.sqf_resident import is_resident
-from tests.conftest import build, outputs_of
+from tests.conftest import build, inputs_for, outputs_of
 
 pytestmark = pytest.mark.skipif(not HAVE_NUMBA, reason="compiled kernels: auto is dense without them")
 
@@ -86,11 +86,12 @@ def test_threads_that_run_first_at_the_same_time(folder: Path, monkeypatch: pyte
     wanted, model, found, kept = expected(folder), load(folder), [], []
     keep_all = sqf_forms.keep_all
     monkeypatch.setattr(sqf_forms, "keep_all", lambda modules: (kept.append(modules), keep_all(modules)))
-    barrier = threading.Barrier(4)
+    barrier, inputs = threading.Barrier(4), inputs_for(model)  # drawn once: threads share one random generator
 
+    @torch.no_grad()
     def run() -> None:
         barrier.wait()
-        found.append(outputs_of(model))
+        found.append(model(**inputs)[0])
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
