@@ -167,7 +167,7 @@ def draw(points: list[dict[str, float]], unit: str, label: str, title: str, path
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     axes.plot([p["step"] for p in points], [p[unit] for p in points], marker="o")
-    axes.set(xlabel="optimizer steps", ylabel=label, title=title, ylim=(0, None))
+    axes.set(xlabel="optimizer steps", ylabel=label, title=title, ylim=(0, 1.1 * max(p[unit] for p in points)))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
