@@ -162,13 +162,6 @@ def give(figures: object) -> None:
     typer.echo(json.dumps(figures, indent=1, allow_nan=False))
 
 
-def replaced(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a file with those of the line in their place; a size takes the place of bits."""
-    if given.keys() & {"bits", "target_size"}:
-        options = {name: value for name, value in options.items() if name not in ("bits", "target_size")}
-    return options | given
-
-
 @app.command()
 def compress(
     ctx: typer.Context,
@@ -259,7 +252,7 @@ def compress(
     if recipe is not None:
         from hf_sqf.cli.recipe import read_options
 
-        options = replaced(read_options(recipe), options)
+        options = read_options(recipe, options)
     if "dataset" not in options and ("samples" in options or "context" in options):
         raise typer.BadParameter("--samples and --context are of calibration data: give --dataset, too")
     loading = {name: options.pop(name) for name in ("dtype", "auto_class") if name in options}

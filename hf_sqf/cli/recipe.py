@@ -155,20 +155,29 @@ class Recipe:
         return found
 
 
-def read_options(file: Path) -> dict[str, Any]:
+def read_options(file: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Read the options of one compression: a file of them, or a recipe of one compression.
 
+    Args:
+        file: of YAML.
+        given: options in place of the file's; a size takes the place of bits, and bits that of a size.
+
     Returns:
-        The fields of an SQFConfig that it names, and ``dtype`` and ``auto_class``, if it does.
+        The fields of an SQFConfig that are named, and ``dtype`` and ``auto_class``, if they are.
 
     Raises:
         ValueError: it is no YAML, a key is unknown, or the recipe has several compressions.
     """
     said = _read(file)
-    if "compressions" not in said:
+    if "compressions" in said:
+        said = _only_options(file, read_recipe(file))
+    else:
         _refuse_unknown(said, _OPTIONS | {"dtype", "auto_class"}, str(file))
-        return said
-    recipe = read_recipe(file)
+    replaced = {"bits", "target_size"} if given.keys() & {"bits", "target_size"} else set()
+    return {name: value for name, value in said.items() if name not in replaced} | given
+
+
+def _only_options(file: Path, recipe: Recipe) -> dict[str, Any]:
     names = [name for name, entry in zip(recipe.names(), recipe.compressions, strict=True) if "from" not in entry]
     if len(names) > 1:
         raise ValueError(

@@ -29,16 +29,16 @@ class RelativeSteps:
 
     def __init__(self, module: nn.Module) -> None:
         self._parameters = [p for name, p in module.named_parameters() if p.requires_grad and PREFIX not in name]
-        self._before: list[Tensor] = []
+        self._before: list[tuple[nn.Parameter, Tensor]] = []
 
     def begin(self) -> None:
         """Remember where the parameters are, before the optimizer's step."""
-        self._before = [parameter.detach().clone() for parameter in self._parameters]
+        self._before = [(parameter, parameter.detach().clone()) for parameter in self._parameters]
 
     @torch.no_grad()
     def end(self) -> None:
         """Take back, after the optimizer's step, what it moved them too far. Without :meth:`begin` nothing moved."""
-        for parameter, before in zip(self._parameters, self._before, strict=False):
+        for parameter, before in self._before:
             size = before.float().square().mean().sqrt().clamp(_LEAST_SIZE, 1.0)
             parameter.copy_(torch.lerp(before, parameter, size.to(parameter.dtype)))
         self._before = []
