@@ -174,7 +174,7 @@ class Integers:
         if dtype is None:
             y = self.multiply(x.float(), bias) if x.dtype == torch.float16 else None
             return None if y is None else y.to(x.dtype)
-        y = x.new_empty((*x.shape[:-1], m))
+        y = torch.empty((*x.shape[:-1], m), dtype=x.dtype)  # sooner than x.new_empty
         at = 0 if bias is None else bias.data_ptr()
         compiled.multiply(self._address, x.data_ptr(), y.data_ptr(), at, batch, dtype, torch.get_num_threads())
         return y

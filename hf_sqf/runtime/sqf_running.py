@@ -109,7 +109,7 @@ class TwoFactor(Running):
         count, self.width = atoms.shape
         self.blocks = math.ceil(n / self.width)
         self.joined = codes.shape[0] == m
-        self.cheap = self.joined and count * (n + m * self.blocks) <= m * n
+        self._directly = count * (n + m * self.blocks)  # multiplications for a row of input
 
     def _product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         count = self.atoms.shape[0]
@@ -126,10 +126,12 @@ class TwoFactor(Running):
         return self._product(self.codes.pick(_block_ids(ids, 1 if self.joined else self.blocks), torch.float32), dtype)
 
     def direct(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """See :class:`Running`."""
-        if not self.cheap or x.dtype == torch.float64:
+        """See :class:`Running`: first x . D^T, then its product with Z, unless forming Z . D takes fewer steps."""
+        m, n = self.shape
+        batch = x.numel() // n
+        decoded = m * n * (self.atoms.shape[0] + batch)
+        if not self.joined or batch * self._directly > decoded or x.dtype == torch.float64:
             return None
-        n = self.shape[1]
         if n < self.blocks * self.width:
             x = torch.nn.functional.pad(x, (0, self.blocks * self.width - n))
         inner = _product(self.atoms, x.view(-1, self.width).float())
@@ -194,14 +196,24 @@ class Sum(Running):
         return _total([p.pick(ids, torch.float32) for p in self.parts]).to(dtype)
 
     def direct(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """See :class:`Running`."""
-        products: list[Tensor] = []
+        """See :class:`Running`: parts that had better be decoded are decoded together."""
+        if x.dtype == torch.float64:
+            return None
+        m, n = self.shape
+        single = x.float()
+        products, decoded = [], []
         for part in self.parts:
-            y = part.direct(x.float(), None if products else bias)
+            y = part.direct(single)
             if y is None:
-                return None
-            products.append(y)
-        return _total(products).to(x.dtype)
+                decoded.append(part)
+            else:
+                products.append(y)
+        if not products:
+            return None
+        if decoded:
+            rest = Sum(decoded)
+            products.append(in_tiles(self.shape, rest._rows(torch.float32), single.view(-1, n)).view(*x.shape[:-1], m))
+        return _total(products if bias is None else [*products, bias]).to(x.dtype)
 
 
 def _product(integers: Integers, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from .sqf_jit import jit
 from .sqf_vectors import BYTE_TILE, INT4, INT8, INT16, TALL, TILE, byte_dots, float_dots
 
-REVISION = 11
+REVISION = 12
 """Of the vectors; see :mod:`sqf_vectors`."""
 
 _float4, _float8, _float16 = (float_dots(kind, 1, 1) for kind in (INT4, INT8, INT16))

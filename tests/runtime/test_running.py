@@ -10,9 +10,11 @@ from hf_sqf.runtime.sqf_container import pack
 from hf_sqf.runtime.sqf_factors import Factors, Term
 from hf_sqf.runtime.sqf_integers import Integers, kind_for, store
 from hf_sqf.runtime.sqf_resident import is_resident, lay_out, resident_factors, resident_matrices
+from hf_sqf.runtime.sqf_running import TwoFactor
 from hf_sqf.runtime.sqf_vectors import INT4, INT6, INT8, INT16, NONE
 
 STRUCTURES = ["grid", "wide grid", "svd", "sparse_pca", "vq", "padded vq", "scaled vq", "pgd", "scaled pgd", "svd+grid"]
+STRUCTURES += ["square pgd", "square pgd+grid"]
 SHAPES = [(1, 1), (5, 7), (64, 96), (130, 67), (257, 320)]
 
 
@@ -42,7 +44,7 @@ def make(structure: str, shape: tuple[int, int], seed: int = 0) -> Factors:
         if kind == "padded vq":
             width = max(1, (n + 2) // 3)
         blocks = math.ceil(n / width)
-        count = max(1, min(m, n) // 6) if kind == "svd" else 16
+        count = {"svd": max(1, min(m, n) // 6), "square pgd": n}.get(kind, 16)
         atoms, steps = integers(g, (count, width), 30.0), scales(g, count) // 4
         rows = scales(g, m * blocks) if kind.startswith(("scaled", "svd")) else scales(g, 1)
         if kind.endswith("vq"):
@@ -116,6 +118,19 @@ def test_layout_gives_the_packed_bytes_back(structure, backend):
     assert torch.equal(pack(resident_factors(data)), pack(stack))
     with pytest.raises((ValueError, RuntimeError)):
         resident_factors(data[: data.numel() // 2])
+
+
+@pytest.mark.parametrize("structure", ["svd", "pgd", "square pgd", "square pgd+grid"])
+def test_no_product_of_factors_is_formed_for_a_few_rows(structure, monkeypatch):
+    """As many multiplications as codes, and not as many for each atom."""
+    (matrix,) = resident_matrices(lay_out([make(structure, (257, 320))], "int8"))
+
+    def formed(*args: object) -> None:
+        raise AssertionError("the product of the factors was formed")
+
+    monkeypatch.setattr(TwoFactor, "decode", formed)
+    for batch in (1, 4, 40) if structure.startswith("square") else (1, 4):
+        assert matrix.multiply(torch.randn(batch, 320)).shape == (batch, 257)
 
 
 def test_decoding_is_bit_for_bit_that_of_the_factors():
