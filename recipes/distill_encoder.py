@@ -59,6 +59,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mode", default="light", choices=("light", "latent", "hard"))
     parser.add_argument("--code-rate", type=float, default=0.5)
     parser.add_argument("--block-steps", type=int, default=0, help="steps on each block before training end to end")
+    parser.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises")
+    parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
     parser.add_argument("--hidden-states", type=float, default=0.0, help="weight of the hidden states in the loss")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=30.0, help="of processor time that training may take at most")

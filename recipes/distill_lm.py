@@ -105,6 +105,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--code-rate", type=float, default=0.5)
     parser.add_argument("--share", type=float, help="most of the codes that a step may change; without, all")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises")
+    parser.add_argument("--hidden-states", type=float, default=0.0, help="weight of their term in the loss")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
     parser.add_argument("--steps", type=int, default=70)
     parser.add_argument("--minutes", type=float, default=90.0, help="of processor time that training may take at most")
     parser.add_argument("--train", default="all", help="of SQFCallback: what is trained; '.' adds the dense embeddings")
@@ -150,6 +154,8 @@ def training_arguments(args: argparse.Namespace, folder: str, logging_steps: int
         per_device_train_batch_size=args.batch,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
+        warmup_steps=args.warmup,
+        bf16=args.bf16,
         logging_steps=logging_steps,
         save_strategy="no",
         report_to="none",
@@ -242,7 +248,7 @@ def main() -> None:
                 ),
                 curve,
             ],
-            compute_loss_func=distillation_loss(teacher),
+            compute_loss_func=distillation_loss(teacher, args.temperature, hidden_states=args.hidden_states),
         )
         curve.begin()
         trainer.train()

@@ -257,6 +257,15 @@ def test_loaded_in_inference_mode(saved: Callable[[str], Path]):
         assert torch.equal(outputs_of(model), expected)
 
 
+def test_compressed_in_inference_mode():
+    with torch.inference_mode():
+        model = hf_sqf.compress(build("llama_tied"), SQFConfig(bits=5.0, structure="grid", runtime="stream"))
+        expected = outputs_of(model)
+        for runtime in RUNTIMES:
+            set_runtime(model, runtime)
+            assert close(outputs_of(model), expected)
+
+
 def test_inputs_that_are_not_contiguous_or_empty(saved: Callable[[str], Path]):
     layer = load("llama", saved).model.layers[0].mlp.up_proj
     weight = layer.dense()

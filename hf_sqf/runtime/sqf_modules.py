@@ -168,7 +168,9 @@ class SQFModule(nn.Module):
                 if not is_resident(data):  # a file's shapes are not to be trusted: what runs believes the module's
                     self._checked(name, records(data.detach().cpu(), held.name))
                 before = data.detach()
-                data.data = bytes_for(before, runtime, held.name)
+                with torch.inference_mode(data.is_inference()):  # a parameter's data must be as the parameter is
+                    after = bytes_for(before, runtime, held.name)
+                    data.data = after if after.is_inference() == data.is_inference() else after.clone()
                 release(before)  # of a mapped file, which stays mapped as long as one of its tensors is there
         self.runtime, self.waiting = runtime, False
         self._running.clear()
