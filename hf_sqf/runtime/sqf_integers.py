@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .sqf_jit import HAVE_NUMBA
 from .sqf_kernels import BFLOAT16, FLOAT32, LARGEST_INT4, SLACK, Kernels, kernels
-from .sqf_vectors import INT4, INT6, INT8, INT16, NONE
+from .sqf_vectors import INT4, INT6, INT8, INT16, LANES, NONE
 
 INT32 = 32
 _DTYPES = {INT4: torch.int8, INT6: torch.int8, INT8: torch.int8, INT16: torch.int16, INT32: torch.int32}
@@ -28,6 +28,8 @@ _SPARSE = 0.04
 """Share of nonzeros up to which a sparse product is the faster one."""
 FEW = {NONE: 8, INT4: 48, INT6: 48, INT8: 48, INT16: 24, INT32: 0}
 """Rows of input up to which multiplying the codes is faster than decoding them; recipes/speed.py measures it."""
+_FEW_WIDE, _COLUMNS = 64, 8
+"""The same with registers of 512 bits, for codes of at most 8 bits: so many, or one for each so many columns."""
 _TILE = 1 << 21
 """Entries that are decoded at a time: fewer make more and slower matrix products, more are new memory in each call."""
 _BLOCK = 1 << 20  # codes that are put into storage at a time
@@ -121,7 +123,8 @@ class Integers:
         self.steps = steps.float().expand(shape[1]).contiguous()
         self.rows = rows.float().expand(shape[0]).contiguous()
         self.device = self.rows.device
-        self.few = FEW[kind]
+        wide = LANES == 16 and kind in (INT4, INT6, INT8)
+        self.few = max(_FEW_WIDE, shape[1] // _COLUMNS) if wide else FEW[kind]
         compiled = HAVE_NUMBA and self.device.type == "cpu" and kind != INT32 and shape[0] > 0 and shape[1] > 0
         self._kernels: Kernels | None = kernels() if compiled else None
         if self._kernels is not None:
