@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from pathlib import Path
 
 from calibrated_encoder import embed, paragraphs
-from distill_lm import Curve, training_arguments, write
+from distill_lm import Curve, add_training, training_arguments, write
 from torch import nn
 from transformers import (
     AutoModel,
@@ -50,25 +49,8 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
-    parser.add_argument("--calibration", type=Path, required=True, help="paragraphs to calibrate and train on")
-    parser.add_argument("--dev", type=Path, required=True, help="paragraphs of the same kind to measure on")
-    parser.add_argument("--bits", type=float, default=2.0)
-    parser.add_argument("--structure", default="grid")
-    parser.add_argument("--trellis", type=int, default=64, help="states of dependent quantization; 0 for none")
-    parser.add_argument("--samples", type=int, default=384, help="paragraphs to calibrate on")
-    parser.add_argument("--mode", default="light", choices=("light", "latent", "hard"))
-    parser.add_argument("--code-rate", type=float, default=0.5)
-    parser.add_argument("--block-steps", type=int, default=0, help="steps on each block before training end to end")
-    parser.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises")
-    parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
-    parser.add_argument("--hidden-states", type=float, default=0.0, help="weight of the hidden states in the loss")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--minutes", type=float, default=30.0, help="of processor time that training may take at most")
-    parser.add_argument("--batch", type=int, default=32, help="paragraphs a step")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--every", type=int, default=20, help="steps between two measurements")
-    parser.add_argument("--compressed", type=Path, help="folder to keep the compressed model in, or to take it from")
-    parser.add_argument("--keep", type=Path, help="of the results, without suffix")
+    add_training(parser)
+    parser.set_defaults(bits=2.0, samples=384, steps=200, minutes=30.0, batch=32, every=20)
     return parser.parse_args()
 
 

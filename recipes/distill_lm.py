@@ -92,35 +92,41 @@ class Curve(TrainerCallback):
         control.should_training_stop = control.should_training_stop or late
 
 
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Add what fine-tuning by distillation is told, whatever the model."""
+    parser.add_argument("--calibration", type=Path, required=True, help="text to calibrate and train on")
+    parser.add_argument("--dev", type=Path, required=True, help="text of the same kind to measure on")
+    parser.add_argument("--bits", type=float)
+    parser.add_argument("--structure", default="grid")
+    parser.add_argument("--trellis", type=int, default=64, help="states of dependent quantization; 0 for none")
+    parser.add_argument("--samples", type=int, help="texts to calibrate on")
+    parser.add_argument("--mode", default="light", choices=("light", "latent", "hard"))
+    parser.add_argument("--code-rate", type=float, default=0.5)
+    parser.add_argument("--block-steps", type=int, default=0, help="steps on each block before training end to end")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises")
+    parser.add_argument("--hidden-states", type=float, default=0.0, help="weight of the hidden states in the loss")
+    parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--minutes", type=float, help="of processor time that training may take at most")
+    parser.add_argument("--batch", type=int, help="texts a step")
+    parser.add_argument("--every", type=int, help="steps between two measurements")
+    parser.add_argument("--compressed", type=Path, help="folder to keep the compressed model in, or to take it from")
+    parser.add_argument("--keep", type=Path, help="of the results, without suffix")
+
+
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("model", help="folder, or id on the Hub")
-    parser.add_argument("--calibration", type=Path, required=True, help="text to calibrate and train on")
-    parser.add_argument("--dev", type=Path, required=True, help="text of the same kind to measure on")
-    parser.add_argument("--bits", type=float, default=2.05)
-    parser.add_argument("--structure", default="grid")
-    parser.add_argument("--trellis", type=int, default=64, help="states of dependent quantization; 0 for none")
-    parser.add_argument("--mode", default="light", choices=("light", "latent", "hard"))
-    parser.add_argument("--code-rate", type=float, default=0.5)
+    add_training(parser)
+    parser.set_defaults(bits=2.05, samples=32, steps=70, minutes=90.0, batch=2, every=10)
     parser.add_argument("--share", type=float, help="most of the codes that a step may change; without, all")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises")
-    parser.add_argument("--hidden-states", type=float, default=0.0, help="weight of their term in the loss")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
-    parser.add_argument("--steps", type=int, default=70)
-    parser.add_argument("--minutes", type=float, default=90.0, help="of processor time that training may take at most")
     parser.add_argument("--train", default="all", help="of SQFCallback: what is trained; '.' adds the dense embeddings")
-    parser.add_argument("--block-steps", type=int, default=0, help="steps on each block before training end to end")
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=2, help="sequences a step")
-    parser.add_argument("--samples", type=int, default=32, help="sequences to calibrate on")
+    parser.add_argument("--temperature", type=float, default=1.0, help="that logits are divided by")
+    parser.add_argument("--context", type=int, default=512, help="tokens of a text")
     parser.add_argument("--tokens", type=int, default=8192, help="of the dev text to measure on before and after")
     parser.add_argument("--watched", type=int, default=2048, help="of them on the way")
-    parser.add_argument("--every", type=int, default=10, help="steps between two measurements")
-    parser.add_argument("--compressed", type=Path, help="folder to keep the compressed model in, or to take it from")
-    parser.add_argument("--keep", type=Path, help="of the results, without suffix")
     return parser.parse_args()
 
 

@@ -6,7 +6,8 @@ alike, and ratios are medians of the ratios within a repetition:
 - decoding: greedy generation of 64 tokens at batch 1, in tokens per second, of wall-clock and of processor time;
 - products: a linear layer for 1 to 512 rows of input. Layers take turns with copies of themselves that together
   outgrow the processor's caches, as a model's layers do;
-- memory: what a fresh process holds more once the model is loaded and has run, by the system's figures.
+- memory: what a fresh process holds more once the model is loaded and has run, by the system's figures; for weights:
+  less what the dense model's process holds beside its weights.
 
 Writes ``results/speed.txt`` and ``results/speed.json``, or ``speed_models`` without single layers. Linux only.
 
@@ -182,8 +183,9 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **opti
 loaded = time.perf_counter() - start
 model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=4, min_new_tokens=4)
 ran = time.perf_counter() - start  # codes are decoded, and what is mapped is read, when a model first runs
-packed = [p for n, p in model.named_parameters() if n.endswith("_factors")]
-print(json.dumps({"held": held() - before, "load": loaded, "ran": ran, "bytes": sum(p.numel() for p in packed)}))
+weights = [p for n, p in model.named_parameters() if runtime == "none" or n.endswith("_factors")]
+kept = sum(p.numel() * p.element_size() for p in weights)
+print(json.dumps({"held": held() - before, "load": loaded, "ran": ran, "bytes": kept}))
 """
 
 
@@ -200,10 +202,13 @@ def memory(dense: Path, small: Path, repeats: int = 3) -> list[dict[str, Any]]:
     file = sum(f.stat().st_size for f in small.glob("*.safetensors"))
     weights = coverage["compressed"]
     rows = []
+    beside = median(run["held"] - run["bytes"] for run in found["dense"])  # modules, code, what a forward leaves
     for name, runs in found.items():
         held = median(run["held"] for run in runs)
-        row = {"runtime": name, "held MB": held / 1e6, "bytes a weight": held / weights, "x the file": held / file}
-        row["bytes a weight, weights alone"] = runs[0]["bytes"] / weights
+        row = {"runtime": name, "held MB": held / 1e6, "for weights MB": (held - beside) / 1e6}
+        row["bytes a weight"] = (held - beside) / weights
+        row["x the file"] = (held - beside) / file
+        row["bytes a weight, by their sizes"] = runs[0]["bytes"] / weights
         row["load s"] = median(run["load"] for run in runs)
         row["x dense load"] = median(r["load"] / d["load"] for r, d in zip(runs, found["dense"], strict=True))
         row["load and 4 tokens s"] = median(run["ran"] for run in runs)
