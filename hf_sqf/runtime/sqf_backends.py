@@ -3,7 +3,7 @@
 ==========  ============================================  ==================================================
 runtime     in memory                                     a product
 ==========  ============================================  ==================================================
-``int4``    4 bits a code where nearly all fit, else 8    multiplies the codes; many rows of input: decodes
+``int4``    4 bits a code where nearly all fit, else 8    multiplies the codes
 ``int8``    8 bits a code, 16 where they do not fit       the same
 ``stream``  the bytes of the file                         decodes the layer for each call
 ``dense``   the bytes of the file and the dense weight    an ordinary one
@@ -26,10 +26,13 @@ from .sqf_codec import chunk_rows
 from .sqf_container import Record, pack, records, weight_name
 from .sqf_factors import Factors
 from .sqf_jit import HAVE_NUMBA
+from .sqf_memory import trim
 from .sqf_resident import is_resident, lay_out, resident_backend, resident_factors, resident_matrices, resident_name
 from .sqf_running import Dense, Running
 
 _RESIDENT = ("int8", "int4")
+_LARGE = 1 << 24
+"""Entries of a weight whose decoding takes memory that the C library would keep."""
 
 
 def choose(runtime: str, device: torch.device) -> str:
@@ -133,11 +136,17 @@ class Streamed(Running):
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """See :class:`Running`."""
-        return self._whole().multiply(x, bias)
+        return self._given_back(self._whole().multiply(x, bias))
 
     def multiply_transposed(self, y: Tensor) -> Tensor:
         """See :class:`Running`."""
-        return self._whole().multiply_transposed(y)
+        return self._given_back(self._whole().multiply_transposed(y))
+
+    def _given_back(self, product: Tensor) -> Tensor:
+        """Return a product once the system has back what decoding a large weight took."""
+        if self.shape[0] * self.shape[1] >= _LARGE:
+            trim()
+        return product
 
 
 _prepared: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -4,7 +4,7 @@
 
 Z lies in memory as a dense part of 4, 8, 16 or 32 bits and, where a few codes do not fit it, their excess as a sparse
 remainder; or as a sparse matrix alone. The compiled kernels of :mod:`sqf_kernels` multiply it as it lies; where there
-are none, and for many rows of input, some rows of W at a time are decoded and multiplied by torch.
+are none, some rows of W at a time are decoded and multiplied by torch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .sqf_calls import BFLOAT16, FLOAT32, LARGEST_INT4, SLACK
 from .sqf_jit import HAVE_NUMBA
-from .sqf_kernels import BFLOAT16, FLOAT32, LARGEST_INT4, SLACK, Kernels, kernels
-from .sqf_vectors import INT4, INT6, INT8, INT16, LANES, NONE
+from .sqf_kernels import Kernels, kernels
+from .sqf_vectors import INT4, INT6, INT8, INT16, NONE
 
 INT32 = 32
 _DTYPES = {INT4: torch.int8, INT6: torch.int8, INT8: torch.int8, INT16: torch.int16, INT32: torch.int32}
@@ -26,10 +27,6 @@ _REMAINDER = {INT4: 0.025, INT6: 0.0025, INT8: 0.01}
 """Share of codes that may go to the remainder, at four bytes each."""
 _SPARSE = 0.04
 """Share of nonzeros up to which a sparse product is the faster one."""
-FEW = {NONE: 8, INT4: 48, INT6: 48, INT8: 48, INT16: 24, INT32: 0}
-"""Rows of input up to which multiplying the codes is faster than decoding them; recipes/speed.py measures it."""
-_FEW_WIDE, _COLUMNS = 64, 8
-"""The same with registers of 512 bits, for codes of at most 8 bits: so many, or one for each so many columns."""
 _TILE = 1 << 21
 """Entries that are decoded at a time: fewer make more and slower matrix products, more are new memory in each call."""
 _BLOCK = 1 << 20  # codes that are put into storage at a time
@@ -123,8 +120,6 @@ class Integers:
         self.steps = steps.float().expand(shape[1]).contiguous()
         self.rows = rows.float().expand(shape[0]).contiguous()
         self.device = self.rows.device
-        wide = LANES == 16 and kind in (INT4, INT6, INT8)
-        self.few = max(_FEW_WIDE, shape[1] // _COLUMNS) if wide else FEW[kind]
         compiled = HAVE_NUMBA and self.device.type == "cpu" and kind != INT32 and shape[0] > 0 and shape[1] > 0
         self._kernels: Kernels | None = kernels() if compiled else None
         if self._kernels is not None:
@@ -171,7 +166,7 @@ class Integers:
         compiled = self._kernels
         m, n = self.shape
         batch = x.numel() // n if n else 0
-        if compiled is None or not 0 < batch <= self.few:
+        if compiled is None or not batch:
             return None
         dtype = _COMPILED.get(x.dtype)
         if dtype is None:

@@ -1,6 +1,6 @@
 """Compiled kernels: products with matrices of small integers, without ever widening the matrix in memory.
 
-One call computes, for few rows of x (B x n),
+One call computes, for rows of x (B x n),
 
     y = ((x o steps) . Z^T) o rows + bias            Z (m x n) = dense part + sparse remainder
 
@@ -12,8 +12,8 @@ it for the processors). Each row is summed by one thread in one order: results d
 
 Where the processor multiplies bytes (AVX512-VNNI, or AVX2 for codes of at most 6 bits), ``x o steps`` is cut into three
 signed bytes (a fixed point of 23 bits below its largest entry) and the dot products are exact integers; elsewhere, and
-for wider codes, they are sums in float32. Both stay within a few 1e-7 of float64, relative to the norm of y. For more
-than a few rows of x, codes of 4 bits are cut in two once, and not for every four rows.
+for wider codes, they are sums in float32. Both stay within a few 1e-7 of float64, relative to the norm of y. Many rows
+of x go another way: :mod:`sqf_panels`.
 
 Nothing here may be called where numba is missing; :mod:`sqf_integers` has a torch path.
 """
@@ -27,7 +27,58 @@ from typing import Any
 
 import numpy as np
 
+from .sqf_calls import (
+    BATCH,
+    BIAS,
+    BYTES,
+    CALL_FIELDS,
+    CHUNK,
+    CODES,
+    COLUMNS,
+    COUNT,
+    DECODE,
+    DTYPE,
+    FIRST_ROW,
+    FLOAT32,
+    FLOATS,
+    GOMP,
+    IDS,
+    INPUT,
+    KIND,
+    LAST,
+    LAY,
+    MATRIX,
+    MATRIX_FIELDS,
+    NEXT,
+    OPERAND,
+    OPERAND_STRIDE,
+    OUTPUT,
+    PANELS,
+    PLANE,
+    ROWS,
+    SCALED_STRIDE,
+    SCALES,
+    SIDE_BY_SIDE,
+    STARTS,
+    STEPS,
+    TASK,
+    VALUES,
+    WORKER,
+    M,
+    N,
+    at_float32,
+    at_float64,
+    at_int16,
+    at_int32,
+    at_int64,
+    at_uint16,
+    padded,
+    row_bytes,
+    to_bfloat16,
+    widen,
+)
 from .sqf_jit import HAVE_NUMBA, jit
+from .sqf_panels import lay_side_by_side, multiply_panels
 from .sqf_tiles import byte_tile, float_tile
 from .sqf_vectors import (
     BYTE_PRODUCTS,
@@ -35,13 +86,11 @@ from .sqf_vectors import (
     INT4,
     INT6,
     INT8,
-    INT16,
     LANES,
     LARGEST_BYTE,
     NONE,
     TALL,
     TILE,
-    address_as,
     fetch,
     fetch_add,
     parallel,
@@ -52,26 +101,8 @@ try:
 except ImportError:  # nothing here is called then
     carray = cfunc = types = None  # type: ignore[assignment]
 
-REVISION = 12
+REVISION = 17
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
-FLOAT32, BFLOAT16 = 0, 1
-"""Type of x and y."""
-LARGEST_INT4 = 7
-"""Codes in 4 bits lie in [-7, 7], so that ``16 high + low`` fits a signed byte."""
-SLACK = 64
-"""Bytes that must be readable behind the dense part: vectors run over the end of its last row, against zeros of x."""
-
-CODES, KIND, M, N, STEPS, ROWS, STARTS, COLUMNS, VALUES, GOMP, WORKER = range(11)
-"""Fields of a matrix's descriptor, int64 each: addresses (0: there is none) of the dense part, float32 steps (n) and
-rows (m), of the sparse remainder's int32 starts (m + 1), uint16 columns and int16 values, and of what forks and works
-(see :class:`Kernels`). KIND is a storage."""
-
-# Fields of a call, int64 each. X: the scaled inputs, float32; INPUTS: what the inner products take.
-(_MATRIX, _TASK, _X, _X_STRIDE, _INPUTS, _INPUT_STRIDE, _PLANE, _COUNT, _SCALES, _Y, _BIAS, _BATCH, _DTYPE, _IDS,
- _FIRST, _LAST, _CHUNK, _NEXT) = range(18)  # fmt: skip
-_CALL = 18
-_FIELDS = 11
-_FLOATS, _BYTES, _DECODE = range(3)
 _LARGEST = 8290000.0
 """Of a fixed-point entry: its three signed digits to the base 256 stay within [-128, 127]."""
 _LONGEST = 65536
@@ -79,69 +110,34 @@ _LONGEST = 65536
 _FIRST_BYTES = 4096
 _THREAD_CODES = 1 << 16
 """Products that are worth a thread: waking one costs some microseconds."""
-_CUT_FROM = 8
-"""Rows of x from which it pays to cut a chunk's bytes of two codes first."""
+_PANELS_FROM = 2 * LANES
+"""Rows of x from which it pays to widen a chunk's codes to float32, and to lay inputs side by side."""
+_MOST = 512
+"""Rows of x that are laid side by side at a time."""
 _LINES = math.lcm(TILE, TALL)  # rows of codes that leave no tile over
 _CHUNK_CODES = 1 << 15
 """Codes that a thread takes at a time, at least."""
 
-_int64 = address_as("int64")
-_int32 = address_as("int32")
-_int16 = address_as("int16")
-_int8 = address_as("int8")
-_uint16 = address_as("uint16")
-_float32 = address_as("float32")
-_float64 = address_as("float64")
 _fetch = fetch()
 _fetch_add = fetch_add()
 _parallel = parallel()
 
 
 @jit
-def _row_bytes(kind: int, n: int) -> int:
-    """Return the distance of two rows of the dense part."""
-    return (n + 1) // 2 if kind == INT4 else n * 2 if kind == INT16 else n
-
-
-@jit
-def _to_bfloat16(bits: int) -> int:
-    """Return the upper half of a float32's bits, rounded to nearest even; a NaN stays one."""
-    if (bits & 0x7FFFFFFF) > 0x7F800000:
-        return 0x7FC0
-    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-
-
-@jit
-def _cut(pairs: Any, codes: Any) -> None:  # noqa: ANN401
-    """Fill codes (n) with those of a row of bytes."""
-    low, high = codes[: len(pairs)], codes[len(pairs) :]
-    for k in range(len(low)):  # narrow integers at each step: numba's own 64 bits would make short vectors
-        low[k] = np.int8(np.int8((pairs[k] & np.int8(15)) ^ np.int8(8)) - np.int8(8))
-    for k in range(len(high)):
-        high[k] = np.int8(np.int8(pairs[k] + np.int8(8)) >> np.int8(4))
-
-
-@jit
 def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a nest of loops)
     """Fill the columns first..last of y."""
-    call = carray(_int64(address), _CALL)
-    matrix = carray(_int64(call[_MATRIX]), _FIELDS)
-    kind, m, n, batch = INT8 if matrix[KIND] == INT6 else matrix[KIND], matrix[M], matrix[N], call[_BATCH]
-    x = carray(_float32(call[_X]), (batch, call[_X_STRIDE] // 4))
-    rows, bias = carray(_float32(matrix[ROWS]), m), carray(_float32(call[_BIAS]), m)
-    starts, columns = carray(_int32(matrix[STARTS]), m + 1), carray(_uint16(matrix[COLUMNS]), 1)
-    values = carray(_int16(matrix[VALUES]), 1)
-    scales = carray(_float64(call[_SCALES]), (batch, 2))
-    y, y_half = carray(_float32(call[_Y]), (batch, m)), carray(_uint16(call[_Y]), (batch, m))
-    exact = call[_TASK] == _BYTES
+    call = carray(at_int64(address), CALL_FIELDS)
+    matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
+    kind, m, n, batch = INT8 if matrix[KIND] == INT6 else matrix[KIND], matrix[M], matrix[N], call[BATCH]
+    x = carray(at_float32(call[INPUT]), (batch, call[SCALED_STRIDE] // 4))
+    rows, bias = carray(at_float32(matrix[ROWS]), m), carray(at_float32(call[BIAS]), m)
+    starts, columns = carray(at_int32(matrix[STARTS]), m + 1), carray(at_uint16(matrix[COLUMNS]), 1)
+    values = carray(at_int16(matrix[VALUES]), 1)
+    scales = carray(at_float64(call[SCALES]), (batch, 2))
+    y, y_half = carray(at_float32(call[OUTPUT]), (batch, m)), carray(at_uint16(call[OUTPUT]), (batch, m))
+    exact = call[TASK] == BYTES
     most = (1 if kind == INT4 or BYTE_PRODUCTS < 64 else 2) if exact else 4
-    z_stride, x_stride = _row_bytes(kind, n), call[_INPUT_STRIDE]
-    cut = kind == INT4 and not exact and batch >= _CUT_FROM
-    panel = np.zeros((last - first) * n + SLACK if cut else 0, np.int8)
-    if cut:
-        for i in range(first, last):
-            _cut(carray(_int8(matrix[CODES] + i * z_stride), z_stride), panel[(i - first) * n : (i + 1 - first) * n])
-        kind, z_stride = INT8, n
+    z_stride, x_stride = row_bytes(kind, n), call[OPERAND_STRIDE]
     sums, digits = np.zeros(16 * TALL, np.float32), np.zeros(16 * TALL, np.int32)  # written in whole vectors
     lines = np.zeros((most, last - first), np.float32)
     bits = lines.view(np.uint32)
@@ -153,13 +149,12 @@ def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (
             tile = BYTE_TILE if exact else TALL if wide == 1 else TILE
             tall = tile if last - i >= tile else 1
             now = wide if tall == tile else 1
-            z_start = panel.ctypes.data - first * n if cut else matrix[CODES]  # here: so the panel lives until now
-            z = z_start + i * z_stride
+            z = matrix[CODES] + i * z_stride
             for b in range(0, wide, now):
-                inputs = call[_INPUTS] + (group + b) * x_stride
+                inputs = call[OPERAND] + (group + b) * x_stride
                 if exact:
                     byte_tile(
-                        kind, tall, now, z, z_stride, inputs, x_stride, call[_PLANE], call[_COUNT], digits.ctypes.data
+                        kind, tall, now, z, z_stride, inputs, x_stride, call[PLANE], call[COUNT], digits.ctypes.data
                     )
                     for c in range(now):
                         unit, offset = scales[group + b + c, 0], scales[group + b + c, 1]
@@ -169,7 +164,7 @@ def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (
                             lines[b + c, i - first + r] = total * unit - offset
                 else:
                     float_tile(
-                        kind, tall, now, z, z_stride, inputs, x_stride, call[_PLANE], call[_COUNT], sums.ctypes.data
+                        kind, tall, now, z, z_stride, inputs, x_stride, call[PLANE], call[COUNT], sums.ctypes.data
                     )
                     for c in range(now):
                         for r in range(tall):
@@ -183,17 +178,17 @@ def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (
                     for e in range(starts[i], starts[i + 1]):
                         total += np.float32(values[e]) * x[group + c, columns[e]]
                     line[i - first] += total
-            if call[_BIAS] != 0:
+            if call[BIAS] != 0:
                 for i in range(first, last):
                     line[i - first] = line[i - first] * rows[i] + bias[i]
             else:
                 for i in range(first, last):
                     line[i - first] *= rows[i]
-            if call[_DTYPE] == FLOAT32:
+            if call[DTYPE] == FLOAT32:
                 y[group + c, first:last] = line
             else:
                 for i in range(first, last):
-                    y_half[group + c, i] = _to_bfloat16(bits[c, i - first])
+                    y_half[group + c, i] = to_bfloat16(bits[c, i - first])
             if kind == NONE:
                 line[:] = 0
         group += wide
@@ -202,41 +197,31 @@ def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (
 @jit
 def _decode_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a nest of loops)
     """Fill the rows first..last of y with rows of the matrix."""
-    call = carray(_int64(address), _CALL)
-    matrix = carray(_int64(call[_MATRIX]), _FIELDS)
+    call = carray(at_int64(address), CALL_FIELDS)
+    matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
     kind, m, n = matrix[KIND], matrix[M], matrix[N]
-    steps, rows = carray(_float32(matrix[STEPS]), n), carray(_float32(matrix[ROWS]), m)
-    starts, columns = carray(_int32(matrix[STARTS]), m + 1), carray(_uint16(matrix[COLUMNS]), 1)
-    values, ids = carray(_int16(matrix[VALUES]), 1), carray(_int64(call[_IDS]), 1)
-    stride = _row_bytes(kind, n)
+    steps, rows = carray(at_float32(matrix[STEPS]), n), carray(at_float32(matrix[ROWS]), m)
+    starts, columns = carray(at_int32(matrix[STARTS]), m + 1), carray(at_uint16(matrix[COLUMNS]), 1)
+    values, ids = carray(at_int16(matrix[VALUES]), 1), carray(at_int64(call[IDS]), 1)
+    stride = row_bytes(kind, n)
     line, octets = np.zeros(n, np.float32), np.zeros(n, np.int8)
     bits = line.view(np.uint32)
     for i in range(first, last):
-        row = ids[i] if call[_IDS] != 0 else call[_FIRST] + i
-        z = matrix[CODES] + row * stride
-        if kind == INT4:
-            _cut(carray(_int8(z), stride), octets)
-            z = octets.ctypes.data
-        if kind in (INT4, INT6, INT8):
-            narrow = carray(_int8(z), n)
-            for k in range(n):
-                line[k] = np.float32(narrow[k])
-        elif kind == INT16:
-            words = carray(_int16(z), n)
-            for k in range(n):
-                line[k] = np.float32(words[k])
-        else:
+        row = ids[i] if call[IDS] != 0 else call[FIRST_ROW] + i
+        if kind == NONE:
             line[:] = 0
+        else:
+            widen(kind, n, matrix[CODES] + row * stride, octets, line)
         if matrix[STARTS] != 0:
             for e in range(starts[row], starts[row + 1]):
                 line[columns[e]] += np.float32(values[e])
         scale = rows[row]
-        if call[_DTYPE] == FLOAT32:
-            whole = carray(_float32(call[_Y] + 4 * i * n), n)
+        if call[DTYPE] == FLOAT32:
+            whole = carray(at_float32(call[OUTPUT] + 4 * i * n), n)
             for k in range(n):
                 whole[k] = line[k] * steps[k] * scale
         else:
-            short = carray(_uint16(call[_Y] + 2 * i * n), n)
+            short = carray(at_uint16(call[OUTPUT] + 2 * i * n), n)
             for k in range(n):
                 line[k] = line[k] * steps[k] * scale
             for k in range(n):
@@ -247,30 +232,56 @@ def _decode_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a 
 @jit
 def _take_chunks(address: int) -> None:
     """Take chunks of rows until none is left: what each thread does."""
-    call = carray(_int64(address), _CALL)
+    call = carray(at_int64(address), CALL_FIELDS)
     while True:
-        first = _fetch_add(address + 8 * _NEXT, call[_CHUNK])
-        if first >= call[_LAST]:
+        first = _fetch_add(address + 8 * NEXT, call[CHUNK])
+        if first >= call[LAST]:
             break
-        last = min(first + call[_CHUNK], call[_LAST])
-        if call[_TASK] == _DECODE:
+        last = min(first + call[CHUNK], call[LAST])
+        if call[TASK] == DECODE:
             _decode_rows(address, first, last)
+        elif call[TASK] == LAY:
+            lay_side_by_side(address, first, last)
+        elif call[TASK] == SIDE_BY_SIDE:
+            multiply_panels(address, first, last)
         else:
             _multiply_rows(address, first, last)
 
 
 @jit
 def _run(call: Any, matrix: Any, batch: int, threads: int) -> None:  # noqa: ANN401
-    n, rows = max(matrix[N], 1), call[_LAST]
+    n, rows = max(matrix[N], 1), call[LAST]
     threads = min(threads, 1 + rows * n * batch // _THREAD_CODES)
-    chunks = -(-rows // ((_CHUNK_CODES // n // _LINES + 1) * _LINES))
+    codes = 4 * _CHUNK_CODES if call[TASK] == SIDE_BY_SIDE else _CHUNK_CODES  # inputs are read for each chunk
+    chunks = -(-rows // ((codes // n // _LINES + 1) * _LINES))
     chunks = max(-(-chunks // threads) * threads, 1)  # as many for each thread
-    call[_CHUNK] = max(-(-rows // (chunks * _LINES)) * _LINES, _LINES)
-    call[_NEXT] = 0
-    if threads > 1 and matrix[GOMP] != 0 and call[_LAST] > call[_CHUNK]:
+    call[CHUNK] = max(-(-rows // (chunks * _LINES)) * _LINES, _LINES)
+    call[NEXT] = 0
+    _share_out(call, matrix, threads)
+
+
+@jit
+def _share_out(call: Any, matrix: Any, threads: int) -> None:  # noqa: ANN401
+    if threads > 1 and matrix[GOMP] != 0 and call[LAST] > call[CHUNK]:
         _parallel(matrix[GOMP], matrix[WORKER], call.ctypes.data, threads)
     else:
         _take_chunks(call.ctypes.data)
+
+
+@jit
+def _multiply_many(call: Any, matrix: Any, x: int, y: int, batch: int, threads: int) -> int:  # noqa: ANN401
+    """Fill y from many inputs, which are laid side by side first."""
+    m, n, size = matrix[M], matrix[N], 4 if call[DTYPE] == FLOAT32 else 2
+    panels = np.empty((-(-min(batch, _MOST) // LANES), padded(n), LANES), np.float32)
+    call[OPERAND] = panels.ctypes.data
+    for first in range(0, batch, _MOST):
+        count = min(batch - first, _MOST)
+        call[INPUT], call[OUTPUT], call[BATCH] = x + first * n * size, y + first * m * size, count
+        call[TASK], call[LAST], call[CHUNK], call[NEXT] = LAY, -(-count // LANES), 1, 0
+        _share_out(call, matrix, threads)
+        call[PANELS], call[TASK], call[LAST] = -(-count // LANES), SIDE_BY_SIDE, m
+        _run(call, matrix, count, threads)
+    return panels.size  # used here: so they live until now
 
 
 @jit
@@ -310,32 +321,36 @@ def _fixed_point(x: Any, n: int, halved: bool, digits: Any, scale: Any) -> bool:
 def _multiply(  # noqa: C901 (what each kind of product needs)
     descriptor: int, x: int, y: int, bias: int, batch: int, dtype: int, threads: int
 ) -> int:
-    matrix = carray(_int64(descriptor), _FIELDS)
+    matrix = carray(at_int64(descriptor), MATRIX_FIELDS)
     kind, m, n = matrix[KIND], matrix[M], matrix[N]
-    steps = carray(_float32(matrix[STEPS]), n)
+    steps = carray(at_float32(matrix[STEPS]), n)
     width = (n + 1) // 2 if kind == INT4 else n
     for line in range(0, _FIRST_BYTES, 64):  # on their way while x is scaled
         _fetch(matrix[CODES] + line)
         if line < 4 * m:
             _fetch(matrix[ROWS] + line)
-    scaled = np.zeros((batch, (n + LANES - 1) // LANES * LANES), np.float32)
+    call = np.zeros(CALL_FIELDS, np.int64)
+    call[MATRIX], call[TASK], call[OUTPUT], call[BIAS] = descriptor, FLOATS, y, bias
+    call[BATCH], call[DTYPE], call[LAST] = batch, dtype, m
+    if batch >= _PANELS_FROM:
+        return _multiply_many(call, matrix, x, y, batch, threads)
+    scaled = np.zeros((batch, padded(n)), np.float32)
     if dtype == FLOAT32:
-        singles = carray(_float32(x), (batch, n))
+        singles = carray(at_float32(x), (batch, n))
         for b in range(batch):
             for k in range(n):
                 scaled[b, k] = singles[b, k] * steps[k]
     else:
-        halves = carray(_uint16(x), (batch, n))
+        halves = carray(at_uint16(x), (batch, n))
         bits = scaled.view(np.uint32)
         for b in range(batch):
             for k in range(n):
                 bits[b, k] = np.uint32(halves[b, k]) << 16
             for k in range(n):
                 scaled[b, k] *= steps[k]
-    call, scales = np.zeros(_CALL, np.int64), np.zeros((batch, 2), np.float64)
-    call[_MATRIX], call[_TASK], call[_Y], call[_BIAS] = descriptor, _FLOATS, y, bias
-    call[_BATCH], call[_DTYPE], call[_LAST], call[_SCALES] = batch, dtype, m, scales.ctypes.data
-    call[_X], call[_X_STRIDE] = scaled.ctypes.data, 4 * scaled.shape[1]
+    scales = np.zeros((batch, 2), np.float64)
+    call[SCALES] = scales.ctypes.data
+    call[INPUT], call[SCALED_STRIDE] = scaled.ctypes.data, 4 * scaled.shape[1]
     if BYTE_PRODUCTS == 64:
         exact = n <= _LONGEST and (kind in (INT6, INT8) or (kind == INT4 and batch < 4))
     else:
@@ -345,33 +360,33 @@ def _multiply(  # noqa: C901 (what each kind of product needs)
     if exact:
         for b in range(batch):
             exact = exact and _fixed_point(scaled[b], n, kind == INT4, digits[b], scales[b])
-    halved = kind == INT4 and not exact and batch < _CUT_FROM
+    halved = kind == INT4 and not exact
     pairs = np.zeros((batch if halved else 0, 2, (width + LANES - 1) // LANES * LANES), np.float32)
     if exact:
-        call[_TASK], call[_INPUTS] = _BYTES, digits.ctypes.data
-        call[_INPUT_STRIDE], call[_PLANE], call[_COUNT] = digits.shape[1] * plane, plane, plane // 64
+        call[TASK], call[OPERAND] = BYTES, digits.ctypes.data
+        call[OPERAND_STRIDE], call[PLANE], call[COUNT] = digits.shape[1] * plane, plane, plane // 64
     elif halved:
         for b in range(batch):
             for k in range(width):
                 high = scaled[b, k + width] * np.float32(1 / 16) if k + width < n else np.float32(0)
                 pairs[b, 0, k] = high
                 pairs[b, 1, k] = (scaled[b, k] - high) * np.float32(2.0**-28)
-        call[_INPUTS], call[_PLANE] = pairs.ctypes.data, 4 * pairs.shape[2]
-        call[_INPUT_STRIDE], call[_COUNT] = 8 * pairs.shape[2], pairs.shape[2] // LANES
+        call[OPERAND], call[PLANE] = pairs.ctypes.data, 4 * pairs.shape[2]
+        call[OPERAND_STRIDE], call[COUNT] = 8 * pairs.shape[2], pairs.shape[2] // LANES
     else:
-        call[_INPUTS], call[_INPUT_STRIDE] = scaled.ctypes.data, 4 * scaled.shape[1]
-        call[_COUNT] = scaled.shape[1] // LANES
+        call[OPERAND], call[OPERAND_STRIDE] = scaled.ctypes.data, 4 * scaled.shape[1]
+        call[COUNT] = scaled.shape[1] // LANES
     _run(call, matrix, batch, threads)
-    return call[_NEXT] + scaled.size + digits.size + pairs.size + scales.size  # used here: so they live until now
+    return call[NEXT] + scaled.size + digits.size + pairs.size + scales.size  # used here: so they live until now
 
 
 def _decode(descriptor: int, ids: int, first: int, count: int, y: int, dtype: int, threads: int) -> int:
-    matrix = carray(_int64(descriptor), _FIELDS)
-    call = np.zeros(_CALL, np.int64)
-    call[_MATRIX], call[_TASK], call[_Y], call[_DTYPE] = descriptor, _DECODE, y, dtype
-    call[_IDS], call[_FIRST], call[_LAST] = ids, first, count
+    matrix = carray(at_int64(descriptor), MATRIX_FIELDS)
+    call = np.zeros(CALL_FIELDS, np.int64)
+    call[MATRIX], call[TASK], call[OUTPUT], call[DTYPE] = descriptor, DECODE, y, dtype
+    call[IDS], call[FIRST_ROW], call[LAST] = ids, first, count
     _run(call, matrix, 1, threads)
-    return call[_NEXT]
+    return call[NEXT]
 
 
 def _worker(call: int) -> None:

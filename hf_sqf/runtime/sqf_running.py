@@ -1,8 +1,8 @@
 """Matrices of factors in the form that they run in: what multiplies an input.
 
 A :class:`Running` matrix is multiplied directly where that is cheaper, and decoded some rows at a time where it is
-not: for many rows of input, for structures whose factors are no smaller than their product, on devices without
-compiled kernels. Inputs are contiguous, outputs have the dtype of the input.
+not: for structures whose factors are no smaller than their product, and on devices without compiled kernels. Inputs
+are contiguous, outputs have the dtype of the input.
 """
 
 from __future__ import annotations

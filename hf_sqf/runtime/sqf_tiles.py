@@ -7,14 +7,29 @@ several products; what is left over is taken one by one.
 from __future__ import annotations
 
 from .sqf_jit import jit
-from .sqf_vectors import BYTE_TILE, INT4, INT8, INT16, TALL, TILE, byte_dots, float_dots
+from .sqf_vectors import (
+    BYTE_TILE,
+    INT4,
+    INT8,
+    INT16,
+    PANEL,
+    TALL,
+    TILE,
+    byte_dots,
+    float_dots,
+    panel_dots,
+    side_by_side,
+)
 
-REVISION = 12
+REVISION = 17
 """Of the vectors; see :mod:`sqf_vectors`."""
 
 _float4, _float8, _float16 = (float_dots(kind, 1, 1) for kind in (INT4, INT8, INT16))
 _float4_1, _float8_1, _float16_1 = (float_dots(kind, TALL, 1) for kind in (INT4, INT8, INT16))
 _float4_4, _float8_4, _float16_4 = (float_dots(kind, TILE, 4) for kind in (INT4, INT8, INT16))
+_panel1_1, _panel1_2 = panel_dots(1, 1), panel_dots(1, 2)
+_panel_1, _panel_2 = panel_dots(PANEL, 1), panel_dots(PANEL, 2)
+_transpose = side_by_side()
 _byte4, _byte8 = (byte_dots(kind, 1, 1) for kind in (INT4, INT8))
 _byte4_1, _byte8_1 = (byte_dots(kind, BYTE_TILE, 1) for kind in (INT4, INT8))
 _byte8_2 = byte_dots(INT8, BYTE_TILE, 2)  # two rows of 4-bit codes' six planes would not fit the registers
@@ -66,3 +81,23 @@ def byte_tile(
         _byte8_2(z, z_stride, x, x_stride, plane, count, out)
     else:
         _byte8_1(z, z_stride, x, x_stride, plane, count, out)
+
+
+@jit
+def panel_tile(rows: int, vectors: int, z: int, z_stride: int, x: int, plane: int, count: int, out: int) -> None:
+    """Add to out, float32 (rows, vectors x LANES); see :func:`~.sqf_vectors.panel_dots`. One row, or PANEL rows."""
+    if rows == 1:
+        if vectors == 1:
+            _panel1_1(z, z_stride, x, 0, plane, count, out)
+        else:
+            _panel1_2(z, z_stride, x, 0, plane, count, out)
+    elif vectors == 1:
+        _panel_1(z, z_stride, x, 0, plane, count, out)
+    else:
+        _panel_2(z, z_stride, x, 0, plane, count, out)
+
+
+@jit
+def transpose(rows: int, stride: int, count: int, out: int) -> None:
+    """Fill out, float32 (count x LANES, LANES); see :func:`~.sqf_vectors.side_by_side`."""
+    _transpose(rows, stride, 0, 0, 0, count, out)

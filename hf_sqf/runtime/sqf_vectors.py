@@ -5,7 +5,8 @@ processors have; the inner products of :mod:`sqf_kernels` are written here for L
 narrower registers LLVM splits the vectors.
 
 A kernel's compiled form is cached under the file that it stands in: after a change here, change ``REVISION`` in
-``sqf_tiles.py`` and ``sqf_kernels.py``, or both go on with the old vectors.
+``sqf_tiles.py``, ``sqf_calls.py``, ``sqf_panels.py`` and ``sqf_kernels.py``, or they go on with the old vectors;
+likewise, after a change in one of these, in those that import it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ TILE = 4 if FEATURES.get("avx512f") else 3
 """Rows of codes that are multiplied with four rows of input together: as many sums as there are registers for."""
 TALL = 8
 """Rows of codes that are multiplied with one row of input together: fewer sums would wait for each other."""
+PANEL = TALL if FEATURES.get("avx512f") else 6
+"""Rows of floats that are multiplied with two vectors of inputs side by side."""
 BYTE_TILE = TILE if FEATURES.get("avx512f") else TALL
 """Rows of codes in a tile of products of bytes."""
 AHEAD = 9216
@@ -208,6 +211,65 @@ def float_dots(kind: int, rows: int, batch: int) -> Any:  # noqa: ANN401
                         builder.store(builder.fadd(builder.load(cells[b]), product, flags=("contract",)), cells[b])
         found = [builder.load(cell) for row in sums for cell in row]
         _store_sums(builder, builder.fadd, found, LANES, out)
+
+    return _dots(emit)
+
+
+def side_by_side() -> Any:  # noqa: ANN401
+    """Return what fills ``out``, float32 (count x LANES, LANES), with LANES rows of floats at ``z``, transposed."""
+
+    def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
+        word, floats = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
+        mask = ir.VectorType(ir.IntType(32), LANES)
+        rows = [builder.add(z, builder.mul(z_stride, word(r))) for r in range(LANES)]
+        with cgutils.for_range(builder, count) as loop:
+            at = builder.mul(loop.index, word(4 * LANES))
+            block = [_load(builder, floats, builder.add(row, at)) for row in rows]
+            size = LANES // 2
+            while size:  # rows r and r + size swap the blocks of that size which lie off the diagonal
+                lanes = [lane for lane in range(LANES) if not lane & size]
+                even = [k for lane in range(LANES) for k in [lane if not lane & size else lane - size + LANES]]
+                odd = [k for lane in range(LANES) for k in [lane + size if not lane & size else lane + LANES]]
+                for r in lanes:
+                    one, other = block[r], block[r + size]
+                    block[r] = builder.shuffle_vector(one, other, ir.Constant(mask, even))
+                    block[r + size] = builder.shuffle_vector(one, other, ir.Constant(mask, odd))
+                size //= 2
+            for k, vector in enumerate(block):
+                place = builder.add(builder.add(out, builder.mul(at, word(LANES))), word(4 * LANES * k))
+                builder.store(vector, builder.inttoptr(place, floats.as_pointer())).align = 4
+
+    return _dots(emit)
+
+
+def panel_dots(rows: int, vectors: int) -> Any:  # noqa: ANN401
+    """Return what adds the dot products of ``rows`` rows of floats with inputs side by side to float32 ``out``.
+
+    ``out`` is (rows, vectors x LANES). Inputs lie as (count, LANES): a number of each of LANES inputs, then the next
+    ones; ``plane`` bytes behind them lie those of the next vector. So sums stay where they are added up, and nothing is
+    summed over a vector in the end.
+    """
+
+    def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
+        word, single = ir.IntType(64), ir.FloatType()
+        floats = ir.VectorType(single, LANES)
+        first = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        places = [builder.add(out, word(4 * LANES * k)) for k in range(rows * vectors)]
+        cells = [cgutils.alloca_once_value(builder, _load(builder, floats, place)) for place in places]
+        z_rows = [builder.add(z, builder.mul(z_stride, word(r))) for r in range(rows)]
+        with cgutils.for_range(builder, count) as loop:
+            x_at = builder.add(x, builder.mul(loop.index, word(4 * LANES)))
+            inputs = [_load(builder, floats, builder.add(x_at, builder.mul(plane, word(v)))) for v in range(vectors)]
+            z_at = builder.mul(loop.index, word(4))
+            for r, row in enumerate(z_rows):
+                value = builder.load(builder.inttoptr(builder.add(row, z_at), single.as_pointer()))
+                lane = builder.insert_element(ir.Constant(floats, ir.Undefined), value, ir.IntType(32)(0))
+                every = builder.shuffle_vector(lane, ir.Constant(floats, ir.Undefined), first)
+                for vector, cell in zip(inputs, cells[r * vectors : (r + 1) * vectors], strict=True):
+                    product = builder.fmul(every, vector, flags=("contract",))
+                    builder.store(builder.fadd(builder.load(cell), product, flags=("contract",)), cell)
+        for place, cell in zip(places, cells, strict=True):
+            builder.store(builder.load(cell), builder.inttoptr(place, floats.as_pointer())).align = 4
 
     return _dots(emit)
 

@@ -80,7 +80,7 @@ def test_products_are_those_of_the_dense_matrix(structure, shape, backend, compi
     weight = factors.dense()
     m, n = shape
     bias = torch.randn(m)
-    for batch in (0, 1, 2, 3, 4, 7, 40, 63):
+    for batch in (0, 1, 2, 3, 4, 7, 40, 63, 530):
         x = torch.randn(batch, n)
         expected = x.double() @ weight.double().T + bias.double()
         assert relative(matrix.multiply(x, bias), expected) < 1e-5

@@ -1,0 +1,96 @@
+"""What a call of the compiled kernels is told, and what they have in common.
+
+A matrix's descriptor and a call are arrays of int64: numbers, and addresses of what the numbers describe. Threads get
+the address of the call alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .sqf_jit import jit
+from .sqf_vectors import INT4, INT16, LANES, address_as
+
+try:
+    from numba import carray
+except ImportError:  # nothing here is called then
+    carray = None  # type: ignore[assignment]
+
+REVISION = 17
+"""Of the vectors and tiles; see :mod:`sqf_vectors`."""
+FLOAT32, BFLOAT16 = 0, 1
+"""Type of x and y."""
+LARGEST_INT4 = 7
+"""Codes in 4 bits lie in [-7, 7], so that ``16 high + low`` fits a signed byte."""
+SLACK = 64
+"""Bytes that must be readable behind the dense part: vectors run over the end of its last row, against zeros of x."""
+
+CODES, KIND, M, N, STEPS, ROWS, STARTS, COLUMNS, VALUES, GOMP, WORKER = range(11)
+"""Fields of a matrix's descriptor, int64 each: addresses (0: there is none) of the dense part, float32 steps (n) and
+rows (m), of the sparse remainder's int32 starts (m + 1), uint16 columns and int16 values, and of what forks and works
+(see :class:`~.sqf_kernels.Kernels`). KIND is a storage."""
+
+(MATRIX, TASK, INPUT, SCALED_STRIDE, OPERAND, OPERAND_STRIDE, PLANE, COUNT, SCALES, OUTPUT, BIAS, BATCH, DTYPE, IDS,
+ FIRST_ROW, LAST, CHUNK, NEXT, PANELS) = range(19)  # fmt: skip
+"""Fields of a call, int64 each. INPUT: x, scaled where SCALED_STRIDE is given; OPERAND: what the inner products take,
+in rows, planes or PANELS."""
+MATRIX_FIELDS, CALL_FIELDS = 11, 19
+FLOATS, BYTES, DECODE, LAY, SIDE_BY_SIDE = range(5)
+"""Tasks of a call: products of floats, of bytes, decoding, laying inputs side by side, and products of those."""
+
+at_int64 = address_as("int64")
+at_int32 = address_as("int32")
+at_int16 = address_as("int16")
+at_int8 = address_as("int8")
+at_uint16 = address_as("uint16")
+at_float32 = address_as("float32")
+at_float64 = address_as("float64")
+
+
+@jit
+def row_bytes(kind: int, n: int) -> int:
+    """Return the distance of two rows of the dense part."""
+    return (n + 1) // 2 if kind == INT4 else n * 2 if kind == INT16 else n
+
+
+@jit
+def to_bfloat16(bits: int) -> int:
+    """Return the upper half of a float32's bits, rounded to nearest even; a NaN stays one."""
+    if (bits & 0x7FFFFFFF) > 0x7F800000:
+        return 0x7FC0
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+
+
+@jit
+def padded(n: int) -> int:
+    """Return n, rounded up to whole vectors."""
+    return (n + LANES - 1) // LANES * LANES
+
+
+@jit
+def widen(kind: int, n: int, z: int, octets: Any, line: Any) -> None:  # noqa: ANN401
+    """Fill line (float32, n) with the row of codes at the address z; octets (n) is room for those of 4 bits."""
+    if kind == INT4:
+        cut(carray(at_int8(z), (n + 1) // 2), octets)
+        for k in range(n):
+            line[k] = np.float32(octets[k])
+    elif kind == INT16:
+        words = carray(at_int16(z), n)
+        for k in range(n):
+            line[k] = np.float32(words[k])
+    else:
+        narrow = carray(at_int8(z), n)
+        for k in range(n):
+            line[k] = np.float32(narrow[k])
+
+
+@jit
+def cut(pairs: Any, codes: Any) -> None:  # noqa: ANN401
+    """Fill codes (n) with those of a row of bytes."""
+    low, high = codes[: len(pairs)], codes[len(pairs) :]
+    for k in range(len(low)):  # narrow integers at each step: numba's own 64 bits would make short vectors
+        low[k] = np.int8(np.int8((pairs[k] & np.int8(15)) ^ np.int8(8)) - np.int8(8))
+    for k in range(len(high)):
+        high[k] = np.int8(np.int8(pairs[k] + np.int8(8)) >> np.int8(4))
