@@ -26,7 +26,7 @@ from .spectrum import largest_eigenvalue, pseudo_inverse
 
 Inner = Callable[[Tensor, Tensor, Tensor, Projection, "Tensor | None"], Tensor]
 """A step on the codes: (X, Z, D, P_Z, H) -> Z."""
-_CHUNK = 1 << 22  # entries of a table of distances
+_CHUNK = 1 << 19  # entries of a table of distances: few enough for the caches
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,8 @@ def nearest_atom(x: Tensor, codes: Tensor, dictionary: Tensor, P_Z: Projection, 
     weighted = weigh(dictionary, H)
     norms = 0.5 * (weighted * dictionary).sum(1)
     rows = max(1, _CHUNK // dictionary.shape[0])
-    return torch.cat([(norms - part @ weighted.T).argmin(1) for part in x.split(rows)])
+    tables = (torch.addmm(norms[:, None], weighted, part.T, alpha=-1) for part in x.split(rows))
+    return torch.cat([table.min(0).indices for table in tables])  # down the columns: several rows of x at a time
 
 
 def dictionary_step(x: Tensor, codes: Tensor, dictionary: Tensor, P_D: Projection, H: Tensor | None) -> Tensor:

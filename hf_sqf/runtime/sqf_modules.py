@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .sqf_backends import bytes_for, factors_in, matrices_in, packed_bytes
+from .sqf_backends import bytes_for, factors_in, keeps_bytes, matrices_in, packed_bytes
 from .sqf_config import check_runtime
 from .sqf_container import Record, records
 from .sqf_factors import Factors
@@ -164,14 +164,16 @@ class SQFModule(nn.Module):
         """Run in another way: change the bytes of the parameters to those that it needs. See :func:`set_runtime`."""
         for name, held in self.held.items():
             data = getattr(self, name + SUFFIX)
-            if not data.is_meta:  # else offloaded: the bytes come and go, packed
+            if data.is_meta:  # offloaded: the bytes come and go, packed
+                continue
+            before = data.detach()
+            if not keeps_bytes(before, runtime):
                 if not is_resident(data):  # a file's shapes are not to be trusted: what runs believes the module's
-                    self._checked(name, records(data.detach().cpu(), held.name))
-                before = data.detach()
+                    self._checked(name, records(before.cpu(), held.name))
                 with torch.inference_mode(data.is_inference()):  # a parameter's data must be as the parameter is
                     after = bytes_for(before, runtime, held.name)
                     data.data = after if after.is_inference() == data.is_inference() else after.clone()
-                release(before)  # of a mapped file, which stays mapped as long as one of its tensors is there
+            release(before)  # of a mapped file, which stays mapped as long as one of its tensors is there
         self.runtime, self.waiting = runtime, False
         self._running.clear()
 
