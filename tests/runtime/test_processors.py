@@ -19,7 +19,7 @@ steps, rows = torch.zeros(130, dtype=torch.int32), torch.zeros(37, dtype=torch.i
 factors = Factors((37, 130), "grid", (Term(codes, 0, steps, rows),))
 for runtime in ("int4", "int8"):
     matrix = resident_matrices(lay_out([factors], runtime))[0]
-    for batch in (1, 3, 8):
+    for batch in (1, 3, 8, 20):
         x = torch.randn(batch, 130, generator=g)
         torch.testing.assert_close(matrix.multiply(x), x @ factors.dense().T, rtol=0.0, atol=1e-3)
 print(LANES, BYTE_PRODUCTS)
