@@ -13,8 +13,8 @@ side's own imports included. Bytes are those of a saved state, shared tensors on
 original's predictions, in nats per token, on ``--text``. Sides that calibrate do so on ``--calibration``, 32 sequences
 of 512 tokens. Then decoding is timed, greedy, in one process: sides take turns within a repetition, speeds are medians,
 and ratios are medians of the ratios within a repetition; what is not packed is as fast as dense and takes no part. A
-side that does not run is listed with its error. Writes ``results/peers.txt`` and ``results/peers.json``, which
-``size_quality.py`` plots.
+side that does not run, or takes more than ``--minutes``, is listed with its error. Writes ``results/peers.txt`` and
+``results/peers.json``, which ``size_quality.py`` plots.
 """
 
 from __future__ import annotations
@@ -354,6 +354,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE")
     parser.add_argument("--without", nargs="+", choices=SIDES, default=[], metavar="SIDE", help="leave these out")
     parser.add_argument("--add", action="store_true", help="to what is kept, in place of the same sides there")
+    parser.add_argument("--minutes", type=float, default=60.0, help="that a side may take to make its model")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[32, 8], help="to generate, for each batch")
     args = parser.parse_args()
@@ -372,9 +373,12 @@ def main() -> None:
             kept = Path(folder) / name.replace(" ", "_")
             given = name, args.model, str(args.calibration), str(args.text), str(args.tokens), str(kept)
             try:
-                rows[name] = in_child(CHILD, *given)
+                rows[name] = in_child(CHILD, *given, seconds=60.0 * args.minutes)
             except subprocess.CalledProcessError as error:
                 failed[name] = last_line(error.stderr)
+            except subprocess.TimeoutExpired:
+                failed[name] = f"was not done after {args.minutes:g} minutes"
+            if name in failed:
                 print(f"{name}: did not run: {failed[name]}", flush=True)
                 continue
             print(rows[name], flush=True)

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 
-def in_child(code: str, *arguments: str) -> dict[str, Any]:
+def in_child(code: str, *arguments: str, seconds: float | None = None) -> dict[str, Any]:
     """Run Python code in a fresh process that can import this module; return the JSON of its last line of output.
 
     Raises:
         subprocess.CalledProcessError: it ended with an error; ``stderr`` has what it wrote.
+        subprocess.TimeoutExpired: it took more than ``seconds``, and was killed.
     """
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
     if done.returncode:
         sys.stderr.write(done.stderr)
         done.check_returncode()
