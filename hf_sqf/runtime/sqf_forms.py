@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from .sqf_backends import keeps_bytes
 from .sqf_memory import release, trim
-from .sqf_models import forget_tables
 
 
 class Holder(Protocol):
@@ -59,7 +58,6 @@ def keep_all(modules: Sequence[tuple[Holder, str]]) -> None:
         list(pool.map(lambda one: one[0].keep(one[1]), alone))
         for module, runtime in tied:
             pool.submit(module.keep, runtime).result()
-    forget_tables()
     trim()
 
 

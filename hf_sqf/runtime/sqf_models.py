@@ -163,12 +163,6 @@ def mean_magnitudes(shape: int, zero: int, grid: int) -> np.ndarray:
     return table @ points.astype(np.float64) / TOTAL
 
 
-def forget_tables() -> None:
-    """Free what was kept of models, some megabytes for a large file; it is made anew when it is needed."""
-    for kept in (frequencies, costs, mean_magnitudes):
-        kept.cache_clear()
-
-
 @jit
 def _fill_slots(table: np.ndarray, out: np.ndarray) -> None:
     for c in range(table.shape[0]):

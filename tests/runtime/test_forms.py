@@ -13,7 +13,6 @@ import hf_sqf
 from hf_sqf import SQFConfig, set_runtime
 from hf_sqf.runtime import sqf_forms
 from hf_sqf.runtime.sqf_jit import HAVE_NUMBA
-from hf_sqf.runtime.sqf_models import frequencies
 from hf_sqf.runtime.sqf_modules import SUFFIX, SQFModule
 from hf_sqf.runtime.sqf_resident import is_resident
 from tests.conftest import build, inputs_for, outputs_of
@@ -52,14 +51,6 @@ def test_all_take_their_form_when_the_first_runs(folder: Path):
     assert all(module.waiting for module in modules_of(model)) and not any(map(is_resident, packed(model)))
     assert torch.equal(outputs_of(model), expected(folder))
     assert not any(module.waiting for module in modules_of(model)) and all(map(is_resident, packed(model)))
-
-
-def test_what_decoding_needed_is_freed(folder: Path):
-    model = load(folder)
-    model.lm_head.factors()
-    assert frequencies.cache_info().currsize
-    outputs_of(model)
-    assert not frequencies.cache_info().currsize
 
 
 def test_stream_waits_for_nothing(folder: Path):
