@@ -48,10 +48,11 @@ class Running:
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x . W^T + bias, (..., n) to (..., m); bias float32 (m,)."""
         y = self.direct(x, bias)
-        if y is None:
-            m, n = self.shape
-            y = in_tiles(self.shape, self._rows(x.dtype), x.view(-1, n), bias).view(*x.shape[:-1], m)
-        return y
+        return self._decoded(x, bias) if y is None else y
+
+    def _decoded(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        m, n = self.shape
+        return in_tiles(self.shape, self._rows(x.dtype), x.view(-1, n), bias).view(*x.shape[:-1], m)
 
     def multiply_transposed(self, y: Tensor) -> Tensor:
         """Return y . W, (batch, m) to (batch, n)."""
@@ -109,6 +110,7 @@ class TwoFactor(Running):
         count, self.width = atoms.shape
         self.blocks = math.ceil(n / self.width)
         self.joined = codes.shape[0] == m
+        self._by_codes, self._by_atoms = Grid(codes), Grid(atoms)
         self._directly = count * (n + m * self.blocks)  # multiplications for a row of input
 
     def _product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,8 +136,8 @@ class TwoFactor(Running):
             return None
         if n < self.blocks * self.width:
             x = torch.nn.functional.pad(x, (0, self.blocks * self.width - n))
-        inner = _product(self.atoms, x.view(-1, self.width).float())
-        return _product(self.codes, inner.view(*x.shape[:-1], self.codes.shape[1]), bias).to(x.dtype)
+        inner = self._by_atoms.multiply(x.view(-1, self.width).float())
+        return self._by_codes.multiply(inner.view(*x.shape[:-1], self.codes.shape[1]), bias).to(x.dtype)
 
 
 class OneHot(Running):
@@ -199,7 +201,6 @@ class Sum(Running):
         """See :class:`Running`: parts that had better be decoded are decoded together."""
         if x.dtype == torch.float64:
             return None
-        m, n = self.shape
         single = x.float()
         products, decoded = [], []
         for part in self.parts:
@@ -211,18 +212,8 @@ class Sum(Running):
         if not products:
             return None
         if decoded:
-            rest = Sum(decoded)
-            products.append(in_tiles(self.shape, rest._rows(torch.float32), single.view(-1, n)).view(*x.shape[:-1], m))
+            products.append(Sum(decoded)._decoded(single))
         return _total(products if bias is None else [*products, bias]).to(x.dtype)
-
-
-def _product(integers: Integers, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = integers.multiply(x, bias)
-    if y is None:
-        m, n = integers.shape
-        y = in_tiles((m, n), lambda first, last: integers.decode(first, last, x.dtype), x.view(-1, n), bias)
-        y = y.view(*x.shape[:-1], m)
-    return y
 
 
 def _block_ids(ids: Tensor, blocks: int) -> Tensor:
