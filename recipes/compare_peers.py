@@ -196,12 +196,14 @@ def llama_cpp(model: str) -> PreTrainedModel:
     raise NotImplementedError(f"llama-cpp-python {llama_cpp.__version__} is installed; its side is not written")
 
 
-def ours(model: str, data: Data, bits: float, embeddings: bool, calibrated: bool, **options: Any) -> PreTrainedModel:  # noqa: ANN401
+def ours(
+    model: str, data: Data, bits: float, embeddings: bool, calibrated: bool, dtype: torch.dtype, **options: Any
+) -> PreTrainedModel:
     """Compress on load with this library; as the others, leave the embeddings alone unless told otherwise."""
     if calibrated:
         options |= {"dataset": [data.text], "tokenizer": data.tokenizer, "samples": SAMPLES, "context": CONTEXT}
     config = SQFConfig(bits=bits, include_embeddings=embeddings, **options)
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, quantization_config=config)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, quantization_config=config)
 
 
 @dataclass(frozen=True)
@@ -217,8 +219,11 @@ class Side:
     packed: bool = True
 
 
-def _ours(bits: float, embeddings: bool, calibrated: bool = False, structure: str = "grid") -> Side:
-    return Side(lambda model, data, folder: ours(model, data, bits, embeddings, calibrated, structure=structure))
+def _ours(
+    bits: float, embeddings: bool, calibrated: bool = False, dtype: torch.dtype = torch.float32, **options: Any
+) -> Side:
+    options = {"structure": "grid"} | options
+    return Side(lambda model, data, folder: ours(model, data, bits, embeddings, calibrated, dtype, **options))
 
 
 def _dense(dtype: torch.dtype) -> Side:
@@ -232,10 +237,11 @@ SIDES: dict[str, Side] = {
     "GPTQ, 4 bits, not packed": Side(lambda model, data, folder: gptq_rounded(model, data, 4), packed=False),
     "GPTQ, 3 bits, not packed": Side(lambda model, data, folder: gptq_rounded(model, data, 3), packed=False),
     "hf_sqf svd, 4 bits, linear layers": _ours(4.0, False, structure="svd"),
-    "hf_sqf vq, 4 bits, linear layers": _ours(4.0, False, structure="vq"),
+    "hf_sqf vq, 4 bits, linear layers": _ours(4.0, False, structure="vq", block=2),
     "hf_sqf, 4 bits, linear layers": _ours(4.0, False),
     "hf_sqf, 4 bits, all weights": _ours(4.0, True),
     "hf_sqf, 3 bits, all weights": _ours(3.0, True),
+    "hf_sqf, 4 bits, all weights, bfloat16": _ours(4.0, True, dtype=torch.bfloat16),
     "hf_sqf, 2.5 bits, linear layers, calibrated": _ours(2.5, False, calibrated=True),
     "hf_sqf, 3.2 bits, all weights, calibrated": _ours(3.2, True, calibrated=True),
     "optimum-quanto int8": Side(lambda model, data, folder: quanto(model, "int8")),

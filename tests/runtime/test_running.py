@@ -109,6 +109,19 @@ def test_dtypes(structure, dtype, compiled):
         assert matrix.pick(torch.arange(3), dtype).dtype == dtype
 
 
+@pytest.mark.skipif(not sqf_integers.HAVE_NUMBA, reason="no compiled kernels to choose against")
+@pytest.mark.parametrize("fast", [True, False])
+def test_many_bfloat16_rows_meet_decoded_ones_where_the_processor_multiplies_bfloat16(fast, monkeypatch):
+    monkeypatch.setattr(sqf_integers, "_BFLOAT16_ROWS", 32 if fast else None)
+    (matrix,) = resident_matrices(lay_out([make("grid", (257, 320))], "int8"))
+    many, bias = torch.randn(32, 320), torch.randn(257)
+    assert (matrix.direct(many.bfloat16()) is None) == fast
+    assert matrix.direct(many.bfloat16()[:31]) is not None
+    assert matrix.direct(many) is not None
+    expected = many.bfloat16().double() @ matrix.decode(0, 257, torch.float32).double().T + bias
+    assert relative(matrix.multiply(many.bfloat16(), bias), expected) < 6e-3
+
+
 @pytest.mark.parametrize("backend", ["int4", "int8"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_layout_gives_the_packed_bytes_back(structure, backend):
