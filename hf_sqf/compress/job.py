@@ -31,6 +31,8 @@ MetricOf = Callable[[str, list[Tensor]], list[Metric]]
 """(a weight's full name, its matrices (m, n)) -> the metric of each."""
 _CHUNK = 1 << 20
 _TRIM = 1 << 21  # entries of weights between two times that freed memory is handed back
+_ROOM = 1 << 24
+"""Entries that weights solved side by side may have together, in any model: a solver takes some ten bytes an entry."""
 
 
 class Header:
@@ -175,9 +177,9 @@ class Job:
         return [8 * (size + self.header.entry(t, size)) for (t, _), size in zip(asked, sizes, strict=True)]
 
     def _share_out(self, targets: list[Target], work: Callable[[Target], Result]) -> list[Result]:
-        """Return what ``work`` returned for each weight. As many run at a time as are no larger than the largest."""
+        """Return what ``work`` returned for each weight. As many run at a time as are small, or no more than the largest."""
         sizes = [target.parameter.numel() for target in targets]
-        return self.ranks.share_out(targets, sizes, work, lambda target: target.name, self.largest)
+        return self.ranks.share_out(targets, sizes, work, lambda target: target.name, max(self.largest, _ROOM))
 
     def _bits(self, target: Target) -> float:
         return float(target.options.get("bits", self.bits))  # type: ignore[arg-type]

@@ -85,7 +85,6 @@ def test_weights_are_solved_by_as_many_threads_as_torch_may_use(threads, monkeyp
                 at_work.discard(threading.get_ident())
 
     monkeypatch.setattr(job_module, "solve", watched)
-    monkeypatch.setattr(job_module.Job, "_share_out", _without_limit)
     compress(build("llama"), SQFConfig(structure="grid", trellis=None))
     assert max(most) == threads and torch.get_num_threads() == threads
     assert not numba_parallel._is_initialized
@@ -93,8 +92,26 @@ def test_weights_are_solved_by_as_many_threads_as_torch_may_use(threads, monkeyp
         assert "prange" not in source.read_text() and "parallel=True" not in source.read_text(), source
 
 
-def _without_limit(job, targets, work):
-    return job.ranks.share_out(targets, [1] * len(targets), work, lambda target: target.name)
+def test_large_weights_are_solved_together_up_to_the_size_of_the_largest(threads, monkeypatch):
+    solve, lock, at_work, sums = job_module.solve, threading.Lock(), [], []
+
+    def watched(weight, *args, **options):
+        with lock:
+            at_work.append(weight.numel())
+            sums.append(sum(at_work))
+        time.sleep(0.01)
+        try:
+            return solve(weight, *args, **options)
+        finally:
+            with lock:
+                at_work.remove(weight.numel())
+
+    monkeypatch.setattr(job_module, "solve", watched)
+    monkeypatch.setattr(job_module, "_ROOM", 1)
+    model = build("llama")
+    largest = max(parameter.numel() for parameter in model.parameters())
+    compress(model, SQFConfig(structure="grid", trellis=None))
+    assert max(sums) == largest
 
 
 def test_no_more_run_at_a_time_than_there_is_room_for(threads):
