@@ -177,7 +177,7 @@ class Job:
         return [8 * (size + self.header.entry(t, size)) for (t, _), size in zip(asked, sizes, strict=True)]
 
     def _share_out(self, targets: list[Target], work: Callable[[Target], Result]) -> list[Result]:
-        """Return what ``work`` returned for each weight. As many run at a time as are small, or no more than the largest."""
+        """Return what ``work`` returned for each weight. Small ones run side by side, up to the size of the largest."""
         sizes = [target.parameter.numel() for target in targets]
         return self.ranks.share_out(targets, sizes, work, lambda target: target.name, max(self.largest, _ROOM))
 
