@@ -98,12 +98,17 @@ def _cells(grid: int) -> tuple[np.ndarray, np.ndarray]:
     return lower, upper
 
 
-@lru_cache(maxsize=256)
 def frequencies(shape: int, zero: int, grid: int) -> np.ndarray:
     """Return int32 (CLASSES, SYMBOLS): how many of the 4096 slots each symbol of each class has.
 
     A symbol of frequency 0 has to be escaped. Both escapes have frequency 1 everywhere.
     """
+    return _frequencies(shape, zero, grid).astype(np.int32)
+
+
+@lru_cache(maxsize=256)
+def _frequencies(shape: int, zero: int, grid: int) -> np.ndarray:
+    """Return :func:`frequencies` in 16 bits: a model's weights take a hundred tables, and it may be small itself."""
     quarters, mean = _SHAPES[shape]
     lower, upper = _cells(grid)
     width = (upper - lower) / _NODES
@@ -132,12 +137,11 @@ def frequencies(shape: int, zero: int, grid: int) -> np.ndarray:
     scale = free / (kept[:, 0] + 2.0 * side[:, -1])
     bounds = np.floor(side * scale[:, None] + 0.5).astype(np.int32)
     counts = np.diff(bounds, axis=1, prepend=0)
-    table = np.zeros((CLASSES, SYMBOLS), np.int32)
+    table = np.zeros((CLASSES, SYMBOLS), np.int16)
     table[:, 129 : 129 + LARGEST] = counts
     table[:, 128 - LARGEST : 128] = counts[:, ::-1]
     table[:, 128] = free - 2 * bounds[:, -1]
     table[:, EVEN + 128] = table[:, ODD + 128] = 1
-    table.setflags(write=False)
     return table
 
 
