@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from hf_sqf import SQFCallback, SQFConfig, compress, distillation_loss, size_report
+from hf_sqf.compress.calibration_data import library_text
 
 LENGTH = 128
 """Tokens of a paragraph that are trained on."""
@@ -84,9 +85,11 @@ def main() -> None:
     before, size = distance.of(model), size_report(model)
     print(f"{size.bits_per_weight:.3f} bits, {size.total_bytes:,} bytes, 1 - cosine {before:.5f}", flush=True)
 
-    lines = paragraphs(args.calibration.read_text("utf-8"), 1 << 20)
+    lines = paragraphs(args.calibration.read_text("utf-8"), 1 << 20) + (list(library_text()) if args.library else [])
     curve = Curve(distance, "distance", args.every, args.minutes)
     set_seed(0)
+    if args.bf16:
+        teacher = teacher.bfloat16()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,

@@ -37,6 +37,7 @@ from transformers import (
 
 import hf_sqf
 from hf_sqf import SQFCallback, SQFConfig, compress, distillation_loss, size_report
+from hf_sqf.compress.calibration_data import library_text
 from hf_sqf.runtime.sqf_size import SizeReport
 
 RESULTS = Path(__file__).parent / "results"
@@ -106,7 +107,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises")
     parser.add_argument("--hidden-states", type=float, default=0.0, help="weight of the hidden states in the loss")
-    parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
+    parser.add_argument("--bf16", action="store_true", help="train in mixed precision, with the teacher in bfloat16")
+    parser.add_argument("--library", action="store_true", help="train on docstrings of Python's library, too")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--minutes", type=float, help="of processor time that training may take at most")
     parser.add_argument("--batch", type=int, help="texts a step")
@@ -236,7 +238,10 @@ def main() -> None:
     before, start, size = whole.of(model), some.of(model), size_report(model)
     print(f"{size.bits_per_weight:.3f} bits, {size.total_bytes:,} bytes, KL {before:.4f}", flush=True)
 
-    sequences: Tensor = cut(args.calibration.read_text("utf-8"), tokenizer, args.context, 1 << 30)
+    if args.bf16:
+        teacher = teacher.bfloat16()
+    texts = [args.calibration.read_text("utf-8"), *(["\n".join(library_text())] if args.library else [])]
+    sequences: Tensor = torch.cat([cut(text, tokenizer, args.context, 1 << 30) for text in texts])
     curve = Curve(some, "kl", args.every, args.minutes)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -267,7 +272,12 @@ def main() -> None:
         "steps": steps,
         "seconds_per_step": curve.spent / max(steps, 1),
         "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-        "tokens": {"step": args.batch * args.context, "dev": dev.numel(), "curve": some.sequences.numel()},
+        "tokens": {
+            "step": args.batch * args.context,
+            "text": sequences.numel(),
+            "dev": dev.numel(),
+            "curve": some.sequences.numel(),
+        },
         "curve": [{"step": 0, "seconds": 0.0, "kl": start}, *curve.points],
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
     }

@@ -18,7 +18,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = None  # type: ignore[assignment]
 
-REVISION = 17
+REVISION = 18
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""
@@ -61,6 +61,27 @@ def to_bfloat16(bits: int) -> int:
     if (bits & 0x7FFFFFFF) > 0x7F800000:
         return 0x7FC0
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+
+
+@jit
+def scale_row(x: int, dtype: int, n: int, steps: Any, scaled: Any) -> None:  # noqa: ANN401
+    """Fill scaled (float32, n or more) with the row of inputs at the address x, times the steps (n)."""
+    if dtype == FLOAT32:
+        singles = carray(at_float32(x), n)
+        for k in range(n):
+            scaled[k] = singles[k] * steps[k]
+    else:
+        halves, bits = carray(at_uint16(x), n), scaled.view(np.uint32)
+        for k in range(n):
+            bits[k] = np.uint32(halves[k]) << 16
+        for k in range(n):
+            scaled[k] *= steps[k]
+
+
+@jit
+def entry_bytes(dtype: int) -> int:
+    """Return the bytes of a number of x or y."""
+    return 4 if dtype == FLOAT32 else 2
 
 
 @jit

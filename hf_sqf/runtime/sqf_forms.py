@@ -91,3 +91,10 @@ def take_form(module: Holder) -> None:
         if module.waiting:
             group = {module, *_waiting_together.get(module, ())}
             keep_all([(one, one.runtime) for one in group if one.waiting])
+
+
+@torch.compiler.assume_constant_result
+def take_form_for_program(module: Holder) -> bool:
+    """Do what :func:`take_form` does, while a program of the model is made: torch calls it then, not when that runs."""
+    take_form(module)
+    return True

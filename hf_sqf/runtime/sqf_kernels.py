@@ -72,8 +72,10 @@ from .sqf_calls import (
     at_int32,
     at_int64,
     at_uint16,
+    entry_bytes,
     padded,
     row_bytes,
+    scale_row,
     to_bfloat16,
     widen,
 )
@@ -101,7 +103,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = cfunc = types = None  # type: ignore[assignment]
 
-REVISION = 17
+REVISION = 18
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 _LARGEST = 8290000.0
 """Of a fixed-point entry: its three signed digits to the base 256 stay within [-128, 127]."""
@@ -224,7 +226,7 @@ def _decode_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a 
             short = carray(at_uint16(call[OUTPUT] + 2 * i * n), n)
             for k in range(n):
                 line[k] = line[k] * steps[k] * scale
-            for k in range(n):
+            for k in range(n):  # to_bfloat16 would heed NaNs, of which codes and scales make none
                 word = bits[k]
                 short[k] = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
 
@@ -271,7 +273,7 @@ def _share_out(call: Any, matrix: Any, threads: int) -> None:  # noqa: ANN401
 @jit
 def _multiply_many(call: Any, matrix: Any, x: int, y: int, batch: int, threads: int) -> int:  # noqa: ANN401
     """Fill y from many inputs, which are laid side by side first."""
-    m, n, size = matrix[M], matrix[N], 4 if call[DTYPE] == FLOAT32 else 2
+    m, n, size = matrix[M], matrix[N], entry_bytes(call[DTYPE])
     panels = np.empty((-(-min(batch, _MOST) // LANES), padded(n), LANES), np.float32)
     call[OPERAND] = panels.ctypes.data
     for first in range(0, batch, _MOST):
@@ -335,19 +337,8 @@ def _multiply(  # noqa: C901 (what each kind of product needs)
     if batch >= _PANELS_FROM:
         return _multiply_many(call, matrix, x, y, batch, threads)
     scaled = np.zeros((batch, padded(n)), np.float32)
-    if dtype == FLOAT32:
-        singles = carray(at_float32(x), (batch, n))
-        for b in range(batch):
-            for k in range(n):
-                scaled[b, k] = singles[b, k] * steps[k]
-    else:
-        halves = carray(at_uint16(x), (batch, n))
-        bits = scaled.view(np.uint32)
-        for b in range(batch):
-            for k in range(n):
-                bits[b, k] = np.uint32(halves[b, k]) << 16
-            for k in range(n):
-                scaled[b, k] *= steps[k]
+    for b in range(batch):
+        scale_row(x + b * n * entry_bytes(dtype), dtype, n, steps, scaled[b])
     scales = np.zeros((batch, 2), np.float64)
     call[SCALES] = scales.ctypes.data
     call[INPUT], call[SCALED_STRIDE] = scaled.ctypes.data, 4 * scaled.shape[1]

@@ -28,7 +28,7 @@ from .sqf_backends import bytes_for, factors_in, keeps_bytes, matrices_in, packe
 from .sqf_config import check_runtime
 from .sqf_container import Record, records
 from .sqf_factors import Factors
-from .sqf_forms import keep_all, take_form
+from .sqf_forms import keep_all, take_form, take_form_for_program
 from .sqf_memory import release
 from .sqf_product import linear, matrix, plain, product, rows
 from .sqf_resident import is_resident, resident_backend
@@ -100,8 +100,12 @@ class SQFModule(nn.Module):
         return self._parameters[name + SUFFIX]  # type: ignore[return-value]  # sooner than through __getattr__
 
     def _operand(self, name: str) -> nn.Parameter:
-        """Return the bytes for an operator; a program that is being made takes them as they are."""
-        if not torch.compiler.is_compiling() and self.waiting and not torch._C._len_torch_dispatch_stack():
+        """Return the bytes for an operator; a program that is exported takes them as they are."""
+        if torch.compiler.is_exporting():
+            return self._bytes(name)
+        if torch.compiler.is_dynamo_compiling():
+            take_form_for_program(self)
+        elif self.waiting and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
             take_form(self)
         return self._bytes(name)
 

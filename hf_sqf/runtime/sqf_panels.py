@@ -35,8 +35,10 @@ from .sqf_calls import (
     at_int32,
     at_int64,
     at_uint16,
+    entry_bytes,
     padded,
     row_bytes,
+    scale_row,
     to_bfloat16,
     widen,
 )
@@ -49,7 +51,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = None  # type: ignore[assignment]
 
-REVISION = 17
+REVISION = 18
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 _DEPTH = 1024
 """Columns whose inputs, side by side, stay in the caches while all rows of a chunk are multiplied with them."""
@@ -60,25 +62,16 @@ def lay_side_by_side(address: int, first: int, last: int) -> None:
     """Scale the inputs of the panels first..last and fill these, (n or more, LANES) each."""
     call = carray(at_int64(address), CALL_FIELDS)
     matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
-    n, batch = matrix[N], call[BATCH]
-    steps = carray(at_float32(matrix[STEPS]), n)
-    singles, halves = carray(at_float32(call[INPUT]), (batch, n)), carray(at_uint16(call[INPUT]), (batch, n))
-    width = padded(n)
+    n, batch, dtype = matrix[N], call[BATCH], call[DTYPE]
+    steps, width = carray(at_float32(matrix[STEPS]), n), padded(n)
     scaled = np.zeros((LANES, width), np.float32)
-    bits = scaled.view(np.uint32)
     for panel in range(first, last):
         for lane in range(LANES):
             b = panel * LANES + lane
-            if b >= batch:
-                scaled[lane] = 0
-            elif call[DTYPE] == FLOAT32:
-                for k in range(n):
-                    scaled[lane, k] = singles[b, k] * steps[k]
+            if b < batch:
+                scale_row(call[INPUT] + b * n * entry_bytes(dtype), dtype, n, steps, scaled[lane])
             else:
-                for k in range(n):
-                    bits[lane, k] = np.uint32(halves[b, k]) << 16
-                for k in range(n):
-                    scaled[lane, k] *= steps[k]
+                scaled[lane] = 0
         transpose(scaled.ctypes.data, 4 * width, width // LANES, call[OPERAND] + panel * 4 * width * LANES)
 
 

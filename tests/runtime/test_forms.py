@@ -102,9 +102,15 @@ def test_threads_that_run_first_at_the_same_time(folder: Path, monkeypatch: pyte
     assert len(kept) == 1  # one thread decoded for all
 
 
-def test_a_program_that_is_compiled_before_anything_ran(folder: Path):
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_program_that_is_compiled_before_anything_ran(folder: Path, backend: str):
+    """Nothing waits behind its back, with packed bytes beside those that run; and it is made once."""
+    torch._dynamo.reset()  # of programs of models that are gone
     model = load(folder)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     ids = torch.arange(3, 12)[None]
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        found = [compiled(input_ids=ids).logits for _ in range(2)]
+    assert not any(module.waiting for module in modules_of(model)) and all(map(is_resident, packed(model)))
     with torch.no_grad():
-        torch.testing.assert_close(compiled(input_ids=ids).logits, load(folder)(input_ids=ids).logits)
+        torch.testing.assert_close(found, [load(folder)(input_ids=ids).logits] * 2)
