@@ -340,11 +340,12 @@ def joined(before: Record | None, now: Record) -> Record:
 def as_text(record: Record) -> str:
     """Return the tables as they are kept; empty where a side was not measured for that."""
     heads = list(dict.fromkeys(name for row in record["rows"] for name in row))
-    lines = [record["measured"]]
+    lines, before = [record["measured"]], None
     for run in record["runs"]:
         versions = ", ".join(f"{package} {number}" for package, number in run["versions"].items())
         which = "" if len(record["runs"]) == 1 else f" ({'; '.join(run['sides'])})"
-        lines.append(f"{run['date']}: {versions}{which}")
+        lines.append(f"{run['date']}: {'the same' if versions == before else versions}{which}")
+        before = versions
     lines += [table("", [{name: row.get(name, "") for name in heads} for row in record["rows"]])]
     return "\n".join(lines + [f"{name}: did not run: {error}" for name, error in record["failed"].items()]) + "\n"
 

@@ -18,7 +18,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = None  # type: ignore[assignment]
 
-REVISION = 18
+REVISION = 21
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""

@@ -21,7 +21,7 @@ from .sqf_vectors import (
     side_by_side,
 )
 
-REVISION = 18
+REVISION = 21
 """Of the vectors; see :mod:`sqf_vectors`."""
 
 _float4, _float8, _float16 = (float_dots(kind, 1, 1) for kind in (INT4, INT8, INT16))
@@ -98,6 +98,6 @@ def panel_tile(rows: int, vectors: int, z: int, z_stride: int, x: int, plane: in
 
 
 @jit
-def transpose(rows: int, stride: int, count: int, out: int) -> None:
+def transpose(rows: int, stride: int, count: int, out: int, out_stride: int) -> None:
     """Fill out, float32 (count x LANES, LANES); see :func:`~.sqf_vectors.side_by_side`."""
-    _transpose(rows, stride, 0, 0, 0, count, out)
+    _transpose(rows, stride, 0, 0, out_stride, count, out)

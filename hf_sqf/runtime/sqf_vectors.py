@@ -216,14 +216,18 @@ def float_dots(kind: int, rows: int, batch: int) -> Any:  # noqa: ANN401
 
 
 def side_by_side() -> Any:  # noqa: ANN401
-    """Return what fills ``out``, float32 (count x LANES, LANES), with LANES rows of floats at ``z``, transposed."""
+    """Return what fills ``out``, float32 (count x LANES, LANES), with LANES rows of floats at ``z``, transposed.
+
+    ``plane`` bytes lie between two rows of ``out``.
+    """
 
     def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
         word, floats = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
         mask = ir.VectorType(ir.IntType(32), LANES)
         rows = [builder.add(z, builder.mul(z_stride, word(r))) for r in range(LANES)]
         with cgutils.for_range(builder, count) as loop:
-            at = builder.mul(loop.index, word(4 * LANES))
+            first = builder.mul(loop.index, word(LANES))
+            at = builder.mul(first, word(4))
             block = [_load(builder, floats, builder.add(row, at)) for row in rows]
             size = LANES // 2
             while size:  # rows r and r + size swap the blocks of that size which lie off the diagonal
@@ -236,7 +240,7 @@ def side_by_side() -> Any:  # noqa: ANN401
                     block[r + size] = builder.shuffle_vector(one, other, ir.Constant(mask, odd))
                 size //= 2
             for k, vector in enumerate(block):
-                place = builder.add(builder.add(out, builder.mul(at, word(LANES))), word(4 * LANES * k))
+                place = builder.add(out, builder.mul(plane, builder.add(first, word(k))))
                 builder.store(vector, builder.inttoptr(place, floats.as_pointer())).align = 4
 
     return _dots(emit)
