@@ -6,7 +6,8 @@
 
 ``--add`` joins further sides to the kept tables: what takes too long for one run, or other versions of the packages, as
 llm-compressor does, which refuses the newest transformers. Every run decodes with dense float32, too, and ratios are
-to that of the same run. On CPUs GPTQModel takes ``GPTQMODEL_CPU_WORKERS=2`` in the environment.
+to that of the same run. On CPUs GPTQModel takes ``GPTQMODEL_CPU_WORKERS=2`` in the environment,
+and transformers needs ``optimum`` to load what it made.
 
 Each side makes its model in a process of its own: seconds and peak memory are those of that, from loading on, the
 side's own imports included. Bytes are those of a saved state, shared tensors once; the KL divergence is that of the
