@@ -68,50 +68,42 @@ def solve_side_by_side(weight, metric, step, structure, trellis) -> bytes:
     return pack([found.factors]).numpy().tobytes()
 
 
-def test_weights_are_solved_by_as_many_threads_as_torch_may_use(threads, monkeypatch):
-    """Each of which has torch compute on one; numba starts none of its own."""
-    solve, lock, at_work, most = job_module.solve, threading.Lock(), set(), []
-
-    def watched(*args, **options):
-        with lock:
-            at_work.add(threading.get_ident())
-            most.append(len(at_work))
-        assert torch.get_num_threads() == 1
-        time.sleep(0.01)
-        try:
-            return solve(*args, **options)
-        finally:
-            with lock:
-                at_work.discard(threading.get_ident())
-
-    monkeypatch.setattr(job_module, "solve", watched)
-    compress(build("llama"), SQFConfig(structure="grid", trellis=None))
-    assert max(most) == threads and torch.get_num_threads() == threads
-    assert not numba_parallel._is_initialized
-    for source in Path(hf_sqf.__file__).parent.rglob("*.py"):
-        assert "prange" not in source.read_text() and "parallel=True" not in source.read_text(), source
-
-
-def test_large_weights_are_solved_together_up_to_the_size_of_the_largest(threads, monkeypatch):
-    solve, lock, at_work, sums = job_module.solve, threading.Lock(), [], []
+@pytest.fixture
+def at_work(monkeypatch):
+    """Sizes of the weights that are solved at the time, each time that another one begins."""
+    solve, lock, running, seen = job_module.solve, threading.Lock(), [], []
 
     def watched(weight, *args, **options):
         with lock:
-            at_work.append(weight.numel())
-            sums.append(sum(at_work))
+            running.append(weight.numel())
+            seen.append(list(running))
+        assert torch.get_num_threads() == 1
         time.sleep(0.01)
         try:
             return solve(weight, *args, **options)
         finally:
             with lock:
-                at_work.remove(weight.numel())
+                running.remove(weight.numel())
 
     monkeypatch.setattr(job_module, "solve", watched)
+    return seen
+
+
+def test_weights_are_solved_by_as_many_threads_as_torch_may_use(threads, at_work):
+    """Each of which has torch compute on one; numba starts none of its own."""
+    compress(build("llama"), SQFConfig(structure="grid", trellis=None))
+    assert max(map(len, at_work)) == threads and torch.get_num_threads() == threads
+    assert not numba_parallel._is_initialized
+    for source in Path(hf_sqf.__file__).parent.rglob("*.py"):
+        assert "prange" not in source.read_text() and "parallel=True" not in source.read_text(), source
+
+
+def test_large_weights_are_solved_together_up_to_the_size_of_the_largest(threads, at_work, monkeypatch):
     monkeypatch.setattr(job_module, "_ROOM", 1)
     model = build("llama")
     largest = max(parameter.numel() for parameter in model.parameters())
     compress(model, SQFConfig(structure="grid", trellis=None))
-    assert max(sums) == largest
+    assert max(map(sum, at_work)) == largest
 
 
 def test_no_more_run_at_a_time_than_there_is_room_for(threads):
