@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from .sqf_jit import jit
-from .sqf_vectors import INT4, INT16, LANES, address_as
+from .sqf_vectors import INT4, INT16, LANES, address_as, unpack
 
 try:
     from numba import carray
 except ImportError:  # nothing here is called then
     carray = None  # type: ignore[assignment]
 
-REVISION = 21
+REVISION = 22
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""
@@ -33,12 +33,16 @@ rows (m), of the sparse remainder's int32 starts (m + 1), uint16 columns and int
 (see :class:`~.sqf_kernels.Kernels`). KIND is a storage."""
 
 (MATRIX, TASK, INPUT, SCALED_STRIDE, OPERAND, OPERAND_STRIDE, PLANE, COUNT, SCALES, OUTPUT, BIAS, BATCH, DTYPE, IDS,
- FIRST_ROW, LAST, CHUNK, NEXT, PANELS) = range(19)  # fmt: skip
+ FIRST_ROW, LAST, CHUNK, NEXT, LINES, PANELS, SCRATCH, SCRATCH_STRIDE, STARTED) = range(23)  # fmt: skip
 """Fields of a call, int64 each. INPUT: x, scaled where SCALED_STRIDE is given; OPERAND: what the inner products take,
-in rows, planes or PANELS."""
-MATRIX_FIELDS, CALL_FIELDS = 11, 19
-FLOATS, BYTES, DECODE, LAY, SIDE_BY_SIDE = range(5)
-"""Tasks of a call: products of floats, of bytes, decoding, laying inputs side by side, and products of those."""
+in rows or planes; LAST: of what is shared out among threads, a CHUNK at a time. LINES and PANELS: most rows of codes
+and vectors of inputs at a time; SCRATCH: room for each thread, of those that have STARTED."""
+MATRIX_FIELDS, CALL_FIELDS = 11, 23
+LINE = 64
+"""Bytes of a line of the caches."""
+FLOATS, BYTES, DECODE, BY_LINES, BY_PANELS = range(5)
+"""Tasks of a call: products of floats, of bytes, decoding, and products with inputs side by side, of which each thread
+has some rows of codes or some panels of inputs."""
 
 at_int64 = address_as("int64")
 at_int32 = address_as("int32")
@@ -47,6 +51,7 @@ at_int8 = address_as("int8")
 at_uint16 = address_as("uint16")
 at_float32 = address_as("float32")
 at_float64 = address_as("float64")
+_unpack = unpack()
 
 
 @jit
@@ -91,12 +96,24 @@ def padded(n: int) -> int:
 
 
 @jit
-def widen(kind: int, n: int, z: int, octets: Any, line: Any) -> None:  # noqa: ANN401
-    """Fill line (float32, n) with the row of codes at the address z; octets (n) is room for those of 4 bits."""
+def in_lines(size: int) -> int:
+    """Return a number of bytes, rounded up to whole lines of the caches."""
+    return (size + LINE - 1) // LINE * LINE
+
+
+@jit
+def widen(kind: int, n: int, z: int, line: Any) -> None:  # noqa: ANN401
+    """Fill line (float32, n) with the row of codes at the address z."""
     if kind == INT4:
-        cut(carray(at_int8(z), (n + 1) // 2), octets)
-        for k in range(n):
-            line[k] = np.float32(octets[k])
+        half = (n + 1) // 2
+        pairs, done = carray(at_int8(z), half), (n - half) // LANES * LANES
+        low, high = line[:half], line[half:]
+        _unpack(z, 0, low.ctypes.data, 0, high.ctypes.data, done // LANES, 0)
+        for k in range(done, half):
+            code = np.int8(np.int8((pairs[k] & np.int8(15)) ^ np.int8(8)) - np.int8(8))
+            low[k] = np.float32(code)
+            if k < n - half:
+                high[k] = np.float32((pairs[k] - code) >> 4)
     elif kind == INT16:
         words = carray(at_int16(z), n)
         for k in range(n):

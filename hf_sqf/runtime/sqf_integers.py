@@ -9,6 +9,7 @@ are none, some rows of W at a time are decoded and multiplied by torch.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from .sqf_calls import BFLOAT16, FLOAT32, LARGEST_INT4, SLACK
 from .sqf_jit import HAVE_NUMBA
-from .sqf_kernels import Kernels, kernels
-from .sqf_vectors import FEATURES, INT4, INT6, INT8, INT16, NONE
+from .sqf_kernels import PANELS_FROM, Kernels, kernels
+from .sqf_vectors import FEATURES, INT4, INT6, INT8, INT16, LANES, NONE
 
 INT32 = 32
 _DTYPES = {INT4: torch.int8, INT6: torch.int8, INT8: torch.int8, INT16: torch.int16, INT32: torch.int32}
@@ -34,6 +35,16 @@ _COMPILED = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _BFLOAT16_ROWS = 32 if FEATURES.get("avx512bf16") or FEATURES.get("amx-bf16") else None
 """Rows of a bfloat16 input from which torch's product with decoded rows is the faster one: where the processor
 multiplies bfloat16 itself, at twice the rate of float32."""
+
+
+class _Scratch(threading.local):
+    """Room for products with many rows, a few MB for each thread that calls: new memory would have to be mapped."""
+
+    def __init__(self) -> None:
+        self.room = torch.empty(0, dtype=torch.uint8)
+
+
+_scratch = _Scratch()
 
 
 def kind_for(codes: Tensor, smallest: int, columns: int, sparse: bool = False) -> int:
@@ -179,7 +190,12 @@ class Integers:
             return None
         y = torch.empty((*x.shape[:-1], m), dtype=x.dtype)  # sooner than x.new_empty
         at = 0 if bias is None else bias.data_ptr()
-        compiled.multiply(self._address, x.data_ptr(), y.data_ptr(), at, batch, dtype, torch.get_num_threads())
+        given = self._address, x.data_ptr(), y.data_ptr(), at, batch, dtype, torch.get_num_threads()
+        if batch < PANELS_FROM and batch != LANES:
+            compiled.multiply(*given)
+        elif needed := compiled.multiply_many(*given, _scratch.room.data_ptr(), _scratch.room.numel()):
+            _scratch.room = torch.empty(needed, dtype=torch.uint8)
+            compiled.multiply_many(*given, _scratch.room.data_ptr(), needed)
         return y
 
     def decode(self, first: int, last: int, dtype: torch.dtype) -> Tensor:

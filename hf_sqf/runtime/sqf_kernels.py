@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -30,6 +31,8 @@ import numpy as np
 from .sqf_calls import (
     BATCH,
     BIAS,
+    BY_LINES,
+    BY_PANELS,
     BYTES,
     CALL_FIELDS,
     CHUNK,
@@ -46,7 +49,8 @@ from .sqf_calls import (
     INPUT,
     KIND,
     LAST,
-    LAY,
+    LINE,
+    LINES,
     MATRIX,
     MATRIX_FIELDS,
     NEXT,
@@ -58,7 +62,9 @@ from .sqf_calls import (
     ROWS,
     SCALED_STRIDE,
     SCALES,
-    SIDE_BY_SIDE,
+    SCRATCH,
+    SCRATCH_STRIDE,
+    STARTED,
     STARTS,
     STEPS,
     TASK,
@@ -68,11 +74,13 @@ from .sqf_calls import (
     N,
     at_float32,
     at_float64,
+    at_int8,
     at_int16,
     at_int32,
     at_int64,
     at_uint16,
     entry_bytes,
+    in_lines,
     padded,
     row_bytes,
     scale_row,
@@ -80,7 +88,7 @@ from .sqf_calls import (
     widen,
 )
 from .sqf_jit import HAVE_NUMBA, jit
-from .sqf_panels import lay_side_by_side, multiply_panels
+from .sqf_panels import columns_at_a_time, multiply_panels, scratch_bytes
 from .sqf_tiles import byte_tile, float_tile
 from .sqf_vectors import (
     BYTE_PRODUCTS,
@@ -91,8 +99,10 @@ from .sqf_vectors import (
     LANES,
     LARGEST_BYTE,
     NONE,
+    PANEL,
     TALL,
     TILE,
+    WIDE,
     fetch,
     fetch_add,
     parallel,
@@ -103,7 +113,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = cfunc = types = None  # type: ignore[assignment]
 
-REVISION = 21
+REVISION = 22
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 _LARGEST = 8290000.0
 """Of a fixed-point entry: its three signed digits to the base 256 stay within [-128, 127]."""
@@ -112,11 +122,14 @@ _LONGEST = 65536
 _FIRST_BYTES = 4096
 _THREAD_CODES = 1 << 16
 """Products that are worth a thread: waking one costs some microseconds."""
-_PANELS_FROM = 2 * LANES
-"""Rows of x from which it pays to widen a chunk's codes to float32, and to lay inputs side by side."""
-_MOST = 512
-"""Rows of x that are laid side by side at a time."""
-_LINES = math.lcm(TILE, TALL)  # rows of codes that leave no tile over
+PANELS_FROM = 5 * LANES // 4
+"""Rows of x from which it pays to widen a chunk's codes to float32, and to lay inputs side by side; it does, too, where
+they are as many as LANES."""
+_MOST, _MOST_INPUTS = 512, 1 << 20
+"""Rows of x, and numbers in them, that are laid side by side at a time: at most so many, but WIDE panels."""
+_PANELS_EACH = 8
+"""Panels of inputs for each thread from which these are shared out, and not rows of codes: all widen all codes then."""
+_LINES, _PANEL_LINES = math.lcm(TILE, TALL, LANES), math.lcm(PANEL, LANES)  # rows of codes that leave nothing over
 _CHUNK_CODES = 1 << 15
 """Codes that a thread takes at a time, at least."""
 
@@ -206,14 +219,14 @@ def _decode_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a 
     starts, columns = carray(at_int32(matrix[STARTS]), m + 1), carray(at_uint16(matrix[COLUMNS]), 1)
     values, ids = carray(at_int16(matrix[VALUES]), 1), carray(at_int64(call[IDS]), 1)
     stride = row_bytes(kind, n)
-    line, octets = np.zeros(n, np.float32), np.zeros(n, np.int8)
+    line = np.zeros(n, np.float32)
     bits = line.view(np.uint32)
     for i in range(first, last):
         row = ids[i] if call[IDS] != 0 else call[FIRST_ROW] + i
         if kind == NONE:
             line[:] = 0
         else:
-            widen(kind, n, matrix[CODES] + row * stride, octets, line)
+            widen(kind, n, matrix[CODES] + row * stride, line)
         if matrix[STARTS] != 0:
             for e in range(starts[row], starts[row + 1]):
                 line[columns[e]] += np.float32(values[e])
@@ -235,6 +248,7 @@ def _decode_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a 
 def _take_chunks(address: int) -> None:
     """Take chunks of rows until none is left: what each thread does."""
     call = carray(at_int64(address), CALL_FIELDS)
+    scratch = call[SCRATCH] + call[SCRATCH_STRIDE] * _fetch_add(address + 8 * STARTED, 1)
     while True:
         first = _fetch_add(address + 8 * NEXT, call[CHUNK])
         if first >= call[LAST]:
@@ -242,48 +256,66 @@ def _take_chunks(address: int) -> None:
         last = min(first + call[CHUNK], call[LAST])
         if call[TASK] == DECODE:
             _decode_rows(address, first, last)
-        elif call[TASK] == LAY:
-            lay_side_by_side(address, first, last)
-        elif call[TASK] == SIDE_BY_SIDE:
-            multiply_panels(address, first, last)
+        elif call[TASK] in (BY_LINES, BY_PANELS):
+            multiply_panels(address, first, last, scratch)
         else:
             _multiply_rows(address, first, last)
 
 
 @jit
+def _chunk(rows: int, lines: int, threads: int) -> int:
+    """Return how many rows a thread takes at a time: ``lines`` or somewhat more, and as many for each thread."""
+    chunks = -(-rows // ((lines // _LINES + 1) * _LINES))
+    chunks = max(-(-chunks // threads) * threads, 1)
+    return max(-(-rows // (chunks * _LINES)) * _LINES, _LINES)
+
+
+@jit
+def _worth(threads: int, products: int) -> int:
+    """Return how many threads some products are worth, of those there are."""
+    return min(threads, 1 + products // _THREAD_CODES)
+
+
+@jit
 def _run(call: Any, matrix: Any, batch: int, threads: int) -> None:  # noqa: ANN401
     n, rows = max(matrix[N], 1), call[LAST]
-    threads = min(threads, 1 + rows * n * batch // _THREAD_CODES)
-    codes = 4 * _CHUNK_CODES if call[TASK] == SIDE_BY_SIDE else _CHUNK_CODES  # inputs are read for each chunk
-    chunks = -(-rows // ((codes // n // _LINES + 1) * _LINES))
-    chunks = max(-(-chunks // threads) * threads, 1)  # as many for each thread
-    call[CHUNK] = max(-(-rows // (chunks * _LINES)) * _LINES, _LINES)
-    call[NEXT] = 0
+    threads = _worth(threads, rows * n * batch)
+    call[CHUNK] = _chunk(rows, _CHUNK_CODES // n, threads)
     _share_out(call, matrix, threads)
 
 
 @jit
 def _share_out(call: Any, matrix: Any, threads: int) -> None:  # noqa: ANN401
+    call[NEXT] = call[STARTED] = 0
     if threads > 1 and matrix[GOMP] != 0 and call[LAST] > call[CHUNK]:
         _parallel(matrix[GOMP], matrix[WORKER], call.ctypes.data, threads)
     else:
         _take_chunks(call.ctypes.data)
 
 
-@jit
-def _multiply_many(call: Any, matrix: Any, x: int, y: int, batch: int, threads: int) -> int:  # noqa: ANN401
-    """Fill y from many inputs, which are laid side by side first."""
-    m, n, size = matrix[M], matrix[N], entry_bytes(call[DTYPE])
-    panels = np.empty((-(-min(batch, _MOST) // LANES), padded(n), LANES), np.float32)
-    call[OPERAND] = panels.ctypes.data
-    for first in range(0, batch, _MOST):
-        count = min(batch - first, _MOST)
-        call[INPUT], call[OUTPUT], call[BATCH] = x + first * n * size, y + first * m * size, count
-        call[TASK], call[LAST], call[CHUNK], call[NEXT] = LAY, -(-count // LANES), 1, 0
-        _share_out(call, matrix, threads)
-        call[PANELS], call[TASK], call[LAST] = -(-count // LANES), SIDE_BY_SIDE, m
-        _run(call, matrix, count, threads)
-    return panels.size  # used here: so they live until now
+def _multiply_many(
+    descriptor: int, x: int, y: int, bias: int, batch: int, dtype: int, threads: int, scratch: int, room: int
+) -> int:
+    matrix = carray(at_int64(descriptor), MATRIX_FIELDS)
+    m, n = matrix[M], matrix[N]
+    count, threads = -(-batch // LANES), _worth(threads, m * n * batch)
+    call = np.zeros(CALL_FIELDS, np.int64)
+    if count >= threads * _PANELS_EACH:
+        call[TASK], call[LAST], call[CHUNK] = BY_PANELS, count, -(-count // threads)
+    else:
+        call[TASK], call[LAST], call[CHUNK] = BY_LINES, m, -(-m // (threads * _LINES)) * _LINES
+    codes = min(batch * n, 4 * _CHUNK_CODES)  # as many as inputs, which are read for each chunk
+    lines = max(codes // columns_at_a_time(n) // _PANEL_LINES, 1) * _PANEL_LINES
+    panels = min(max(_MOST_INPUTS // (n * LANES), WIDE), _MOST // LANES)
+    call[LINES], call[PANELS] = min(lines, m), min(panels, count if call[TASK] == BY_LINES else call[CHUNK])
+    call[SCRATCH_STRIDE] = scratch_bytes(matrix, call[LINES], call[PANELS])
+    if LINE + threads * call[SCRATCH_STRIDE] > room:
+        return LINE + threads * call[SCRATCH_STRIDE]
+    call[SCRATCH] = in_lines(scratch)  # no vector lies in two lines of the caches
+    call[MATRIX], call[INPUT], call[OUTPUT], call[BIAS] = descriptor, x, y, bias
+    call[BATCH], call[DTYPE] = batch, dtype
+    _share_out(call, matrix, threads)
+    return 0 * call[NEXT]  # used here: so it lives until now
 
 
 @jit
@@ -334,8 +366,6 @@ def _multiply(  # noqa: C901 (what each kind of product needs)
     call = np.zeros(CALL_FIELDS, np.int64)
     call[MATRIX], call[TASK], call[OUTPUT], call[BIAS] = descriptor, FLOATS, y, bias
     call[BATCH], call[DTYPE], call[LAST] = batch, dtype, m
-    if batch >= _PANELS_FROM:
-        return _multiply_many(call, matrix, x, y, batch, threads)
     scaled = np.zeros((batch, padded(n)), np.float32)
     for b in range(batch):
         scale_row(x + b * n * entry_bytes(dtype), dtype, n, steps, scaled[b])
@@ -347,7 +377,9 @@ def _multiply(  # noqa: C901 (what each kind of product needs)
     else:
         exact = BYTE_PRODUCTS > 0 and n <= _LONGEST and kind in (INT4, INT6) and batch < 4
     plane = (width + 63) // 64 * 64 if exact else 0
-    digits = np.zeros((batch, 6 if kind == INT4 else 3, plane), np.int8)
+    planes = 6 if kind == INT4 else 3
+    octets = np.zeros(batch * planes * plane + LINE, np.int8)
+    digits = carray(at_int8(in_lines(octets.ctypes.data)), (batch, planes, plane))  # no vector lies in two lines
     if exact:
         for b in range(batch):
             exact = exact and _fixed_point(scaled[b], n, kind == INT4, digits[b], scales[b])
@@ -368,7 +400,7 @@ def _multiply(  # noqa: C901 (what each kind of product needs)
         call[OPERAND], call[OPERAND_STRIDE] = scaled.ctypes.data, 4 * scaled.shape[1]
         call[COUNT] = scaled.shape[1] // LANES
     _run(call, matrix, batch, threads)
-    return call[NEXT] + scaled.size + digits.size + pairs.size + scales.size  # used here: so they live until now
+    return call[NEXT] + scaled.size + octets.size + pairs.size + scales.size  # used here: so they live until now
 
 
 def _decode(descriptor: int, ids: int, first: int, count: int, y: int, dtype: int, threads: int) -> int:
@@ -388,8 +420,11 @@ class Kernels:
     """The compiled entry points, for calls with addresses and integers; see the module.
 
     Attributes:
-        multiply: ``(descriptor, x, y, bias, batch, dtype, threads)``: y = x . W^T + bias. x (batch, n)
+        multiply: ``(descriptor, x, y, bias, batch, dtype, threads)``: y = x . W^T + bias, for few rows. x (batch, n)
             and y (batch, m) are contiguous, of ``dtype``; bias float32 (m), or 0.
+        multiply_many: ``(descriptor, x, y, bias, batch, dtype, threads, scratch, room)``: the same for many rows (see
+            PANELS_FROM), with ``room`` bytes at ``scratch``. Where that is too little nothing is done, and it answers
+            with the bytes that it takes; else with 0.
         decode: ``(descriptor, ids, first, count, y, dtype, threads)``: y (count, n) = rows of W, with
             the int64 indices ``ids``, or from ``first`` on where that is 0.
         gomp: address of the fork of torch's OpenMP pool; 0 where torch has another: one thread works then.
@@ -400,10 +435,14 @@ class Kernels:
         worker = cfunc(types.void(types.int64), cache=True)(_worker)
         self.worker: int = worker.address or 0
         self.gomp = _gomp()
-        signature = types.int64(*[types.int64] * 7)
-        pointer = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 7)
-        self._keep = [worker, *(cfunc(signature, cache=True)(f) for f in (_multiply, _decode))]
-        self.multiply, self.decode = (pointer(f.address or 0) for f in self._keep[1:])
+        self._keep: list[Any] = [worker]
+        self.multiply, self.multiply_many = self._entry(_multiply, 7), self._entry(_multiply_many, 9)
+        self.decode = self._entry(_decode, 7)
+
+    def _entry(self, function: Callable[..., int], arguments: int) -> Callable[..., int]:
+        compiled = cfunc(types.int64(*[types.int64] * arguments), cache=True)(function)
+        self._keep.append(compiled)
+        return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arguments)(compiled.address or 0)
 
 
 def _gomp() -> int:

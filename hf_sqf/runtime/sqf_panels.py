@@ -1,17 +1,20 @@
 """Products with many rows of inputs, which are laid side by side: a number of each of LANES rows after another.
 
 So one number of a row of codes meets LANES inputs in one instruction, and sums stay in the lanes where they are added
-up. A chunk of codes is widened to float32 first; W is nowhere as a whole. Both steps are shared out among threads by
-:mod:`sqf_kernels`.
+up. A chunk of codes is widened to float32 first; W is nowhere as a whole. Each thread lays side by side what it
+multiplies: to fetch inputs from where another has put them takes longer, and nobody waits.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from .sqf_calls import (
     BATCH,
     BIAS,
+    BY_LINES,
     CALL_FIELDS,
     CODES,
     COLUMNS,
@@ -19,23 +22,27 @@ from .sqf_calls import (
     FLOAT32,
     INPUT,
     KIND,
+    LINES,
     MATRIX,
     MATRIX_FIELDS,
-    OPERAND,
     OUTPUT,
     PANELS,
     ROWS,
     STARTS,
     STEPS,
+    TASK,
     VALUES,
     M,
     N,
     at_float32,
+    at_int8,
     at_int16,
     at_int32,
     at_int64,
     at_uint16,
+    cut,
     entry_bytes,
+    in_lines,
     padded,
     row_bytes,
     scale_row,
@@ -43,90 +50,205 @@ from .sqf_calls import (
     widen,
 )
 from .sqf_jit import jit
-from .sqf_tiles import panel_tile, transpose
-from .sqf_vectors import LANES, NONE, PANEL
+from .sqf_tiles import panel_tile, transpose, transpose_columns, transpose_rows
+from .sqf_vectors import INT4, INT8, LANES, NONE, PANEL, WIDE
 
 try:
     from numba import carray
 except ImportError:  # nothing here is called then
     carray = None  # type: ignore[assignment]
 
-REVISION = 21
+REVISION = 22
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
-_DEPTH = 1024
-"""Columns whose inputs, side by side, stay in the caches while all rows of a chunk are multiplied with them."""
+DEPTH = 1024
+"""Most columns whose inputs, side by side, stay in the caches while all rows of a chunk are multiplied with them."""
 
 
 @jit
-def lay_side_by_side(address: int, first: int, last: int) -> None:
-    """Scale the inputs of the panels first..last and fill these, (n or more, LANES) each."""
+def columns_at_a_time(n: int) -> int:
+    """Return how many columns are multiplied before the next ones: equal shares of n, of DEPTH at most."""
+    blocks = (n + DEPTH - 1) // DEPTH
+    return (n + blocks - 1) // blocks
+
+
+@jit
+def scratch_bytes(matrix: Any, lines: int, panels: int) -> int:  # noqa: ANN401
+    """Return the bytes that a thread needs for so many rows of codes and panels of inputs at a time."""
+    n = matrix[N]
+    octets = lines * n if matrix[KIND] == INT4 and n > DEPTH else 0
+    codes, sums = 4 * lines * columns_at_a_time(n), 4 * panels * lines * LANES
+    return (panels + 1) * _plane(n) + in_lines(codes) + in_lines(sums) + in_lines(octets)
+
+
+@jit
+def _plane(n: int) -> int:
+    """Return the bytes of a panel."""
+    return 4 * padded(n) * LANES
+
+
+@jit
+def _top(batch: int, panel: int) -> int:
+    """Return the first row of a panel. The last one begins early enough to be whole: some rows are multiplied twice."""
+    return min(panel * LANES, batch - LANES)
+
+
+@jit
+def multiply_panels(address: int, first: int, last: int, scratch: int) -> None:
+    """Fill the rows of y of the panels first..last, or its columns first..last, with a thread's room at ``scratch``.
+
+    There are LANES rows or more.
+    """
     call = carray(at_int64(address), CALL_FIELDS)
     matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
+    count, most = (call[BATCH] + LANES - 1) // LANES, call[PANELS]
+    inputs = scratch + _plane(matrix[N])
+    room = inputs + most * _plane(matrix[N])
+    whole = call[TASK] == BY_LINES
+    for panel in range(0 if whole else first, count if whole else last, most):
+        now = min(most, (count if whole else last) - panel)
+        start, end = (first, last) if whole else (0, matrix[M])
+        kept = end - start > call[LINES] or matrix[N] > DEPTH  # else the next panels take the place of what is done
+        for i in range(start, end, call[LINES]):
+            rows = scratch if i == start else 0
+            _multiply_chunk(call, matrix, i, min(i + call[LINES], end), panel, now, rows, inputs, kept, room)
+
+
+@jit
+def _lay_side_by_side(call: Any, matrix: Any, first: int, count: int, rows: int, out: int) -> None:  # noqa: ANN401
+    """Scale the inputs of some panels and fill these, (n or more, LANES) each, from the address ``out`` on.
+
+    Args:
+        call, matrix: their descriptors.
+        first: panel.
+        count: of panels.
+        rows: address of room for the rows of one.
+        out: see above.
+    """
     n, batch, dtype = matrix[N], call[BATCH], call[DTYPE]
     steps, width = carray(at_float32(matrix[STEPS]), n), padded(n)
-    scaled = np.zeros((LANES, width), np.float32)
-    for panel in range(first, last):
+    scaled = carray(at_float32(rows), (LANES, width))
+    scaled[:, n:] = 0
+    for panel in range(first, first + count):
+        top, at = _top(batch, panel), out + (panel - first) * _plane(n)
+        if dtype == FLOAT32 and n == width:  # whole vectors need no copy
+            transpose_columns(call[INPUT] + 4 * top * n, 4 * n, matrix[STEPS], n // LANES, at, 4 * LANES)
+            continue
         for lane in range(LANES):
-            b = panel * LANES + lane
-            if b < batch:
-                scale_row(call[INPUT] + b * n * entry_bytes(dtype), dtype, n, steps, scaled[lane])
-            else:
-                scaled[lane] = 0
-        out = call[OPERAND] + panel * 4 * width * LANES
-        transpose(scaled.ctypes.data, 4 * width, width // LANES, out, 4 * LANES)
+            scale_row(call[INPUT] + (top + lane) * n * entry_bytes(dtype), dtype, n, steps, scaled[lane])
+        transpose(scaled.ctypes.data, 4 * width, width // LANES, at, 4 * LANES)
 
 
 @jit
-def multiply_panels(address: int, first: int, last: int) -> None:  # noqa: C901 (a nest of loops)
-    """Fill the columns first..last of y from inputs side by side."""
-    call = carray(at_int64(address), CALL_FIELDS)
-    matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
-    m, n, batch, count = matrix[M], matrix[N], call[BATCH], call[PANELS]
-    rows, bias = carray(at_float32(matrix[ROWS]), m), carray(at_float32(call[BIAS]), m)
-    starts, columns = carray(at_int32(matrix[STARTS]), m + 1), carray(at_uint16(matrix[COLUMNS]), 1)
-    values = carray(at_int16(matrix[VALUES]), 1)
-    panels = carray(at_float32(call[OPERAND]), (count, padded(n), LANES))
-    y, y_half = carray(at_float32(call[OUTPUT]), (batch, m)), carray(at_uint16(call[OUTPUT]), (batch, m))
-    dense = last - first if matrix[KIND] != NONE else 0
-    codes, octets = np.zeros((dense, n), np.float32), np.zeros(n, np.int8)
-    for i in range(dense):
-        widen(matrix[KIND], n, matrix[CODES] + (first + i) * row_bytes(matrix[KIND], n), octets, codes[i])
-    plane = 4 * padded(n) * LANES
-    for panel in range(0, count, 2):
-        vectors = min(count - panel, 2)
-        sums = np.zeros((last - first, vectors, LANES), np.float32)
-        for k in range(0, n, _DEPTH):
-            inputs = call[OPERAND] + panel * plane + 4 * k * LANES
+def _multiply_chunk(
+    call: Any,  # noqa: ANN401
+    matrix: Any,  # noqa: ANN401
+    first: int,
+    last: int,
+    panel: int,
+    count: int,
+    rows: int,
+    inputs: int,
+    kept: bool,
+    room: int,
+) -> None:
+    """Fill the columns first..last of y for some panels.
+
+    Args:
+        call, matrix: their descriptors.
+        first, last: see above.
+        panel, count: the first of the panels, and their number.
+        rows: address of room for the rows of a panel: each is laid side by side before it is used; 0 where all are.
+        inputs: address of the panels.
+        kept: whether they lie there one after another, and not those in use alone.
+        room: address of room for codes and sums.
+    """
+    n, height = matrix[N], last - first
+    depth = columns_at_a_time(n)
+    codes = carray(at_float32(room), (height, depth))
+    room += in_lines(4 * height * depth)
+    sums = carray(at_float32(room), count * height * LANES)
+    octets = carray(at_int8(room + in_lines(4 * count * height * LANES)), height * n)
+    if matrix[KIND] == INT4 and n > DEPTH:  # a row's halves lie in the same bytes
+        for i in range(height):
+            pairs = carray(at_int8(matrix[CODES] + (first + i) * row_bytes(INT4, n)), (n + 1) // 2)
+            cut(pairs, octets[i * n : (i + 1) * n])
+    for k in range(0, n, depth):
+        now = min(depth, n - k)
+        _widen_chunk(matrix, octets, first, k, now, codes)
+        done = 0
+        while done < count:
+            left = count - done
+            vectors = 2 if left == 4 else min(left, WIDE)  # two and two wait less for each other than three and one
+            place = done if n > DEPTH else 0  # short rows have their sums at once
+            part = sums[place * height * LANES : (place + vectors) * height * LANES]
+            x = inputs + (done if kept else 0) * _plane(n)
+            if k == 0:
+                part[:] = 0
+                if rows != 0:
+                    _lay_side_by_side(call, matrix, panel + done, vectors, rows, x)
+            x += 4 * k * LANES
             i = 0
-            while i < dense:
-                tall = PANEL if dense - i >= PANEL else 1
-                z, out = codes.ctypes.data + 4 * (i * n + k), sums.ctypes.data + 4 * i * vectors * LANES
-                panel_tile(tall, vectors, z, 4 * n, inputs, plane, min(_DEPTH, n - k), out)
+            while i < height:
+                tall = PANEL if height - i >= PANEL else 1
+                out = part.ctypes.data + 4 * i * vectors * LANES
+                panel_tile(tall, vectors, codes.ctypes.data + 4 * i * depth, 4 * depth, x, _plane(n), now, out)
                 i += tall
-        for i in range(first, last):
-            scale = rows[i]
-            offset = bias[i] if call[BIAS] != 0 else np.float32(0)
-            for v in range(vectors):
-                line = sums[i - first, v]
-                if matrix[STARTS] != 0:
-                    for e in range(starts[i], starts[i + 1]):
-                        value, excess = np.float32(values[e]), panels[panel + v, columns[e]]
-                        for lane in range(LANES):
-                            line[lane] += value * excess[lane]
-                for lane in range(LANES):
-                    line[lane] = line[lane] * scale + offset
-        bits, done = sums.view(np.uint32), first
-        # Whole panels of float32 leave in registers; one number at a time would take a tenth of the product's time.
-        while call[DTYPE] == FLOAT32 and (panel + vectors) * LANES <= batch and last - done >= LANES:
-            line_size = 4 * vectors * LANES
-            out = call[OUTPUT] + 4 * (panel * LANES * m + done)
-            transpose(sums.ctypes.data + (done - first) * line_size, line_size, vectors, out, 4 * m)
+            if k + now == n:
+                _finish(call, matrix, first, last, panel + done, part.reshape(height, vectors, LANES))
+            done += vectors
+
+
+@jit
+def _widen_chunk(matrix: Any, octets: Any, first: int, k: int, now: int, codes: Any) -> None:  # noqa: ANN401
+    """Fill codes, float32 (rows, now or more), with the columns k..k + now of the rows from ``first`` on.
+
+    Args:
+        matrix: its descriptor.
+        octets: int8 (rows x n), the dense part's codes; where rows of 4 bits are longer than DEPTH.
+        first, k, now, codes: see above.
+    """
+    kind, n = matrix[KIND], matrix[N]
+    starts, columns = carray(at_int32(matrix[STARTS]), matrix[M] + 1), carray(at_uint16(matrix[COLUMNS]), 1)
+    values = carray(at_int16(matrix[VALUES]), 1)
+    for i in range(len(codes)):
+        line = codes[i]
+        if kind == NONE:
+            line[:] = 0
+        elif kind == INT4 and n > DEPTH:
+            widen(INT8, now, octets.ctypes.data + i * n + k, line)
+        else:
+            z = matrix[CODES] + (first + i) * row_bytes(kind, n) + row_bytes(kind, k)
+            widen(kind, now, z, line)
+        if matrix[STARTS] != 0:
+            for e in range(starts[first + i], starts[first + i + 1]):
+                column = np.int64(columns[e]) - k
+                if 0 <= column < now:
+                    line[column] += np.float32(values[e])
+
+
+@jit
+def _finish(call: Any, matrix: Any, first: int, last: int, panel: int, sums: Any) -> None:  # noqa: ANN401
+    """Write the columns first..last of y for some panels, from sums (rows, panels, LANES)."""
+    m, batch = matrix[M], call[BATCH]
+    rows, bias = carray(at_float32(matrix[ROWS]), m), carray(at_float32(call[BIAS]), m)
+    y, y_half = carray(at_float32(call[OUTPUT]), (batch, m)), carray(at_uint16(call[OUTPUT]), (batch, m))
+    zeros, line = np.zeros(LANES, np.float32), np.empty(1, np.float32)
+    bits = line.view(np.uint32)
+    vectors = sums.shape[1]
+    for v in range(vectors):
+        top, done = _top(batch, panel + v), first
+        # float32 leaves in registers; one number at a time would take a tenth of the product's time.
+        while call[DTYPE] == FLOAT32 and last - done >= LANES:
+            offsets = bias[done:].ctypes.data if call[BIAS] != 0 else zeros.ctypes.data
+            out = call[OUTPUT] + 4 * (top * m + done)
+            stride, at = 4 * vectors * LANES, sums.ctypes.data + 4 * LANES * ((done - first) * vectors + v)
+            transpose_rows(at, stride, rows[done:].ctypes.data, offsets, out, 4 * m)
             done += LANES
-        for b in range(panel * LANES, min((panel + vectors) * LANES, batch)):
-            v, lane = b // LANES - panel, b % LANES
-            if call[DTYPE] == FLOAT32:
-                for i in range(done, last):
-                    y[b, i] = sums[i - first, v, lane]
-            else:
-                for i in range(first, last):
-                    y_half[b, i] = to_bfloat16(bits[i - first, v, lane])
+        for lane in range(LANES):
+            for i in range(done, last):
+                value = sums[i - first, v, lane] * rows[i] + (bias[i] if call[BIAS] != 0 else np.float32(0))
+                if call[DTYPE] == FLOAT32:
+                    y[top + lane, i] = value
+                else:
+                    line[0] = value
+                    y_half[top + lane, i] = to_bfloat16(bits[0])

@@ -15,21 +15,22 @@ from .sqf_vectors import (
     PANEL,
     TALL,
     TILE,
+    WIDE,
     byte_dots,
     float_dots,
     panel_dots,
     side_by_side,
 )
 
-REVISION = 21
+REVISION = 22
 """Of the vectors; see :mod:`sqf_vectors`."""
 
 _float4, _float8, _float16 = (float_dots(kind, 1, 1) for kind in (INT4, INT8, INT16))
 _float4_1, _float8_1, _float16_1 = (float_dots(kind, TALL, 1) for kind in (INT4, INT8, INT16))
 _float4_4, _float8_4, _float16_4 = (float_dots(kind, TILE, 4) for kind in (INT4, INT8, INT16))
-_panel1_1, _panel1_2 = panel_dots(1, 1), panel_dots(1, 2)
-_panel_1, _panel_2 = panel_dots(PANEL, 1), panel_dots(PANEL, 2)
-_transpose = side_by_side()
+_row_1, _row_2, _row_3 = (panel_dots(1, vectors) for vectors in (1, 2, 3))
+_panel_1, _panel_2, _panel_3 = (panel_dots(PANEL, min(vectors, WIDE)) for vectors in (1, 2, 3))
+_transpose, _transpose_columns, _transpose_rows = side_by_side(), side_by_side("columns"), side_by_side("rows")
 _byte4, _byte8 = (byte_dots(kind, 1, 1) for kind in (INT4, INT8))
 _byte4_1, _byte8_1 = (byte_dots(kind, BYTE_TILE, 1) for kind in (INT4, INT8))
 _byte8_2 = byte_dots(INT8, BYTE_TILE, 2)  # two rows of 4-bit codes' six planes would not fit the registers
@@ -85,19 +86,38 @@ def byte_tile(
 
 @jit
 def panel_tile(rows: int, vectors: int, z: int, z_stride: int, x: int, plane: int, count: int, out: int) -> None:
-    """Add to out, float32 (rows, vectors x LANES); see :func:`~.sqf_vectors.panel_dots`. One row, or PANEL rows."""
+    """Add to out, float32 (rows, vectors x LANES); see :func:`~.sqf_vectors.panel_dots`.
+
+    One row, or PANEL rows; at most WIDE vectors.
+    """
     if rows == 1:
         if vectors == 1:
-            _panel1_1(z, z_stride, x, 0, plane, count, out)
+            _row_1(z, z_stride, x, 0, plane, count, out)
+        elif vectors == 2:
+            _row_2(z, z_stride, x, 0, plane, count, out)
         else:
-            _panel1_2(z, z_stride, x, 0, plane, count, out)
+            _row_3(z, z_stride, x, 0, plane, count, out)
     elif vectors == 1:
         _panel_1(z, z_stride, x, 0, plane, count, out)
-    else:
+    elif vectors == 2:
         _panel_2(z, z_stride, x, 0, plane, count, out)
+    else:
+        _panel_3(z, z_stride, x, 0, plane, count, out)
 
 
 @jit
 def transpose(rows: int, stride: int, count: int, out: int, out_stride: int) -> None:
     """Fill out, float32 (count x LANES, LANES); see :func:`~.sqf_vectors.side_by_side`."""
     _transpose(rows, stride, 0, 0, out_stride, count, out)
+
+
+@jit
+def transpose_columns(rows: int, stride: int, steps: int, count: int, out: int, out_stride: int) -> None:
+    """Fill out, float32 (count x LANES, LANES), from rows whose columns are scaled by steps, (count x LANES)."""
+    _transpose_columns(rows, stride, steps, 0, out_stride, count, out)
+
+
+@jit
+def transpose_rows(rows: int, stride: int, factors: int, offsets: int, out: int, out_stride: int) -> None:
+    """Fill out, float32 (LANES, LANES), from rows times their factors plus their offsets, float32 (LANES) each."""
+    _transpose_rows(rows, stride, factors, offsets, out_stride, 1, out)

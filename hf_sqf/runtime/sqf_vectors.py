@@ -37,8 +37,9 @@ TILE = 4 if FEATURES.get("avx512f") else 3
 """Rows of codes that are multiplied with four rows of input together: as many sums as there are registers for."""
 TALL = 8
 """Rows of codes that are multiplied with one row of input together: fewer sums would wait for each other."""
-PANEL = TALL if FEATURES.get("avx512f") else 6
-"""Rows of floats that are multiplied with two vectors of inputs side by side."""
+PANEL, WIDE = (8, 3) if FEATURES.get("avx512f") else (6, 2)
+"""Rows of floats that are multiplied with so many vectors of inputs side by side, or fewer: as many sums as there are
+registers for."""
 BYTE_TILE = TILE if FEATURES.get("avx512f") else TALL
 """Rows of codes in a tile of products of bytes."""
 AHEAD = 9216
@@ -215,10 +216,30 @@ def float_dots(kind: int, rows: int, batch: int) -> Any:  # noqa: ANN401
     return _dots(emit)
 
 
-def side_by_side() -> Any:  # noqa: ANN401
+def unpack() -> Any:  # noqa: ANN401
+    """Return what widens ``count`` vectors of bytes ``16 h + l`` at ``z``: l to float32 at ``x``, h at ``plane``."""
+
+    def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
+        word, floats = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
+        octets, integers = ir.VectorType(ir.IntType(8), LANES), ir.VectorType(ir.IntType(32), LANES)
+        up, down = (ir.Constant(integers, [bits] * LANES) for bits in (28, 4))
+        with cgutils.for_range(builder, count) as loop:
+            first = builder.mul(loop.index, word(LANES))
+            both = builder.sext(_load(builder, octets, builder.add(z, first)), integers)
+            low = builder.ashr(builder.shl(both, up), up)
+            high = builder.ashr(builder.sub(both, low), down)
+            for codes, place in ((low, x), (high, plane)):
+                at = builder.add(place, builder.mul(first, word(4)))
+                builder.store(builder.sitofp(codes, floats), builder.inttoptr(at, floats.as_pointer())).align = 4
+
+    return _dots(emit)
+
+
+def side_by_side(scaled: str = "") -> Any:  # noqa: ANN401
     """Return what fills ``out``, float32 (count x LANES, LANES), with LANES rows of floats at ``z``, transposed.
 
-    ``plane`` bytes lie between two rows of ``out``.
+    ``plane`` bytes lie between two rows of ``out``. Before, ``columns`` are scaled by the floats at ``x``, or ``rows``
+    by the floats at ``x`` and then moved by those at ``x_stride``.
     """
 
     def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
@@ -229,6 +250,14 @@ def side_by_side() -> Any:  # noqa: ANN401
             first = builder.mul(loop.index, word(LANES))
             at = builder.mul(first, word(4))
             block = [_load(builder, floats, builder.add(row, at)) for row in rows]
+            if scaled == "columns":
+                factor = _load(builder, floats, builder.add(x, at))
+                block = [builder.fmul(row, factor) for row in block]
+            elif scaled == "rows":
+                for r, row in enumerate(block):
+                    factor, offset = (_every(builder, builder.add(address, word(4 * r))) for address in (x, x_stride))
+                    product = builder.fmul(row, factor, flags=("contract",))
+                    block[r] = builder.fadd(product, offset, flags=("contract",))
             size = LANES // 2
             while size:  # rows r and r + size swap the blocks of that size which lie off the diagonal
                 lanes = [lane for lane in range(LANES) if not lane & size]
@@ -246,6 +275,15 @@ def side_by_side() -> Any:  # noqa: ANN401
     return _dots(emit)
 
 
+def _every(builder: Any, address: Any) -> Any:  # noqa: ANN401
+    """Return a vector of the float at an address, in every lane."""
+    single, mask = ir.FloatType(), ir.VectorType(ir.IntType(32), LANES)
+    unknown = ir.Constant(ir.VectorType(single, LANES), ir.Undefined)
+    value = builder.load(builder.inttoptr(address, single.as_pointer()))
+    lane = builder.insert_element(unknown, value, ir.IntType(32)(0))
+    return builder.shuffle_vector(lane, unknown, ir.Constant(mask, [0] * LANES))
+
+
 def panel_dots(rows: int, vectors: int) -> Any:  # noqa: ANN401
     """Return what adds the dot products of ``rows`` rows of floats with inputs side by side to float32 ``out``.
 
@@ -255,9 +293,7 @@ def panel_dots(rows: int, vectors: int) -> Any:  # noqa: ANN401
     """
 
     def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
-        word, single = ir.IntType(64), ir.FloatType()
-        floats = ir.VectorType(single, LANES)
-        first = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        word, floats = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
         places = [builder.add(out, word(4 * LANES * k)) for k in range(rows * vectors)]
         cells = [cgutils.alloca_once_value(builder, _load(builder, floats, place)) for place in places]
         z_rows = [builder.add(z, builder.mul(z_stride, word(r))) for r in range(rows)]
@@ -266,9 +302,7 @@ def panel_dots(rows: int, vectors: int) -> Any:  # noqa: ANN401
             inputs = [_load(builder, floats, builder.add(x_at, builder.mul(plane, word(v)))) for v in range(vectors)]
             z_at = builder.mul(loop.index, word(4))
             for r, row in enumerate(z_rows):
-                value = builder.load(builder.inttoptr(builder.add(row, z_at), single.as_pointer()))
-                lane = builder.insert_element(ir.Constant(floats, ir.Undefined), value, ir.IntType(32)(0))
-                every = builder.shuffle_vector(lane, ir.Constant(floats, ir.Undefined), first)
+                every = _every(builder, builder.add(row, z_at))
                 for vector, cell in zip(inputs, cells[r * vectors : (r + 1) * vectors], strict=True):
                     product = builder.fmul(every, vector, flags=("contract",))
                     builder.store(builder.fadd(builder.load(cell), product, flags=("contract",)), cell)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-_LOGITS = 1 << 24  # logits that are in float32 at a time
+_LOGITS = 1 << 20  # logits that are in float32 at a time: what the caches hold, and need not be mapped anew
 _NOT_FOR_TEACHERS = {"labels", "num_items_in_batch", "past_key_values", "use_cache"}
 
 

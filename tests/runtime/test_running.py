@@ -155,21 +155,21 @@ def test_decoding_is_bit_for_bit_that_of_the_factors():
 
 
 @pytest.mark.parametrize("kind", [NONE, INT4, INT6, INT8, INT16])
-@pytest.mark.parametrize("n", [1, 15, 64, 65, 200])
+@pytest.mark.parametrize("n", [1, 15, 64, 65, 200, 1201, 2304])
 def test_storage(kind, n, compiled):
-    """All storages hold all codes, whatever their remainder."""
+    """All storages hold all codes, whatever their remainder, and multiply: longer rows than DEPTH part by part."""
     codes = integers(torch.Generator().manual_seed(n), (77, n), 40.0, 3000)
     codes[:, ::3] //= 40
     codes[0, 0] = 3000
     matrix = Integers((77, n), kind, store(codes, kind), torch.rand(n) + 0.5, torch.rand(77) + 0.5)
     assert torch.equal(matrix.codes().int(), codes.int())
     expected = codes.double() * matrix.steps.double() * matrix.rows.double()[:, None]
-    for batch in (1, 2, 5):
-        x = torch.randn(batch, n)
-        y = matrix.multiply(x)
+    for batch in (1, 2, 5, 16, 21, 33, 70, 150):
+        x, bias = torch.randn(batch, n), torch.randn(77) if batch % 2 else None
+        y = matrix.multiply(x, bias)
         assert (y is not None) == compiled
         if y is not None:
-            assert relative(y, x.double() @ expected.T) < 1e-5
+            assert relative(y, x.double() @ expected.T + (0.0 if bias is None else bias)) < 1e-5
 
 
 @pytest.mark.skipif(not sqf_kernels.HAVE_NUMBA, reason="compiled kernels")
@@ -179,7 +179,7 @@ def test_results_do_not_depend_on_the_number_of_threads(kind):
     matrix = Integers((700, 600), kind, store(codes, kind), torch.rand(600), torch.rand(700))
     threads = torch.get_num_threads()
     try:
-        for batch in (1, 2, 7, 40, 600):
+        for batch in (1, 2, 7, 40, 300, 600):  # threads share rows of codes, or of inputs
             x, found = torch.randn(batch, 600), []
             for count in (1, 2, 5):
                 torch.set_num_threads(count)
