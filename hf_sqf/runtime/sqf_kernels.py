@@ -130,8 +130,8 @@ _MOST, _MOST_INPUTS = 512, 1 << 20
 _PANELS_EACH = 8
 """Panels of inputs for each thread from which these are shared out, and not rows of codes: all widen all codes then."""
 _LINES, _PANEL_LINES = math.lcm(TILE, TALL, LANES), math.lcm(PANEL, LANES)  # rows of codes that leave nothing over
-_CHUNK_CODES = 1 << 15
-"""Codes that a thread takes at a time, at least."""
+_CHUNK_CODES = 1 << 17
+"""Codes that a thread takes at a time, about: of what is fetched ahead at a chunk's end, nothing is for this thread."""
 
 _fetch = fetch()
 _fetch_add = fetch_add()
@@ -304,7 +304,7 @@ def _multiply_many(
         call[TASK], call[LAST], call[CHUNK] = BY_PANELS, count, -(-count // threads)
     else:
         call[TASK], call[LAST], call[CHUNK] = BY_LINES, m, -(-m // (threads * _LINES)) * _LINES
-    codes = min(batch * n, 4 * _CHUNK_CODES)  # as many as inputs, which are read for each chunk
+    codes = min(batch * n, _CHUNK_CODES)  # as many as inputs, which are read for each chunk
     lines = max(codes // columns_at_a_time(n) // _PANEL_LINES, 1) * _PANEL_LINES
     panels = min(max(_MOST_INPUTS // (n * LANES), WIDE), _MOST // LANES)
     call[LINES], call[PANELS] = min(lines, m), min(panels, count if call[TASK] == BY_LINES else call[CHUNK])
