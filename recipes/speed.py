@@ -9,7 +9,8 @@ alike, and ratios are medians of the ratios within a repetition:
 - memory: what a fresh process holds more once the model is loaded and has run, by the system's figures; for weights:
   less what the dense model's process holds beside its weights.
 
-Writes ``results/speed.txt`` and ``results/speed.json``, or ``speed_models`` without single layers. Linux only.
+Writes ``results/speed.txt`` and ``results/speed.json``, or files of another name (``--name``: of another machine, or
+without single layers). Linux only.
 
     python recipes/speed.py FOLDER [--bits 3 4] [--threads 1 2] [--repeats 7]
 
@@ -235,6 +236,14 @@ def measure(part: str, dense: Path, small: Path | None, repeats: int, threads: i
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def processor() -> str:
+    """Return the processor's name, and which of its instructions matter here."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    has = set(fields.get("flags", "").split()) & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16"}
+    return ", ".join([fields.get("model name", platform.machine()), *sorted(has)])
+
+
 def main() -> None:
     """Measure everything, print it and keep it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,6 +252,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-products", action="store_true", help="leave single layers out, which take longest")
+    parser.add_argument("--name", default="speed", help="of the results")
     parser.add_argument("--small", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=["decoding", "products"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -257,7 +267,7 @@ def main() -> None:
         print(json.dumps(rows))
         return
     text = [
-        f"{options.folder.name}, {date.today()}, {platform.machine()} x {os.cpu_count()}, "
+        f"{options.folder.name}, {date.today()}, {platform.machine()} x {os.cpu_count()} ({processor()}), "
         f"load {os.getloadavg()[0]:.1f}, torch {version('torch')}, transformers {version('transformers')}\n"
     ]
     kept: dict[str, Any] = {"model": options.folder.name}
@@ -283,9 +293,8 @@ def main() -> None:
             keep(f"Fresh processes after loading and running at {bits:g} bits", memory(options.folder, small))
     print("\n".join(text))
     KEPT.mkdir(exist_ok=True)
-    name = "speed_models" if options.no_products else "speed"
-    (KEPT / f"{name}.txt").write_text("\n".join(text))
-    (KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1))
+    (KEPT / f"{options.name}.txt").write_text("\n".join(text))
+    (KEPT / f"{options.name}.json").write_text(json.dumps(kept, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every structure, laid out in every way, multiplies as its dense matrix does."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -187,6 +188,18 @@ def test_results_do_not_depend_on_the_number_of_threads(kind):
             assert all(torch.equal(y, found[0][0]) and torch.equal(w, found[0][1]) for y, w in found)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not sqf_kernels.HAVE_NUMBA, reason="compiled kernels")
+def test_threads_that_multiply_many_rows_at_a_time_do_not_share_room():
+    codes = integers(torch.Generator().manual_seed(0), (300, 1200), 3.0)
+    matrix = Integers((300, 1200), INT4, store(codes, INT4), torch.rand(1200), torch.rand(300))
+    inputs = [torch.randn(batch, 1200) for batch in (16, 40, 150, 330, 20, 600, 48, 257)]
+    expected = [matrix.multiply(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = list(pool.map(matrix.multiply, inputs))
+            assert all(torch.equal(y, one) for y, one in zip(found, expected, strict=True))
 
 
 @pytest.mark.skipif(not sqf_kernels.HAVE_NUMBA, reason="compiled kernels")
