@@ -9,8 +9,8 @@ alike, and ratios are medians of the ratios within a repetition:
 - memory: what a fresh process holds more once the model is loaded and has run, by the system's figures; for weights:
   less what the dense model's process holds beside its weights.
 
-Writes ``results/speed.txt`` and ``results/speed.json``, or files of another name (``--name``: of another machine, or
-without single layers). Linux only.
+Writes ``results/speed.txt`` and ``results/speed.json``, or ``speed_models`` without single layers, or files of another
+name (``--name``, for another machine). Linux only.
 
     python recipes/speed.py FOLDER [--bits 3 4] [--threads 1 2] [--repeats 7]
 
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-products", action="store_true", help="leave single layers out, which take longest")
-    parser.add_argument("--name", default="speed", help="of the results")
+    parser.add_argument("--name", help="of the results")
     parser.add_argument("--small", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=["decoding", "products"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -293,8 +293,9 @@ def main() -> None:
             keep(f"Fresh processes after loading and running at {bits:g} bits", memory(options.folder, small))
     print("\n".join(text))
     KEPT.mkdir(exist_ok=True)
-    (KEPT / f"{options.name}.txt").write_text("\n".join(text))
-    (KEPT / f"{options.name}.json").write_text(json.dumps(kept, indent=1))
+    name = options.name or ("speed_models" if options.no_products else "speed")
+    (KEPT / f"{name}.txt").write_text("\n".join(text))
+    (KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1))
 
 
 if __name__ == "__main__":

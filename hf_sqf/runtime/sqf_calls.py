@@ -18,7 +18,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = None  # type: ignore[assignment]
 
-REVISION = 22
+REVISION = 23
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""
@@ -102,6 +102,18 @@ def in_lines(size: int) -> int:
 
 
 @jit
+def _low(pair: Any) -> Any:  # noqa: ANN401
+    """Return the code in the low half of a byte, int8: numba's own 64 bits at any step would make short vectors."""
+    return np.int8(np.int8((pair & np.int8(15)) ^ np.int8(8)) - np.int8(8))
+
+
+@jit
+def _high(pair: Any) -> Any:  # noqa: ANN401
+    """Return the code in the high half of a byte, int8."""
+    return np.int8(np.int8(pair + np.int8(8)) >> np.int8(4))
+
+
+@jit
 def widen(kind: int, n: int, z: int, line: Any) -> None:  # noqa: ANN401
     """Fill line (float32, n) with the row of codes at the address z."""
     if kind == INT4:
@@ -110,10 +122,9 @@ def widen(kind: int, n: int, z: int, line: Any) -> None:  # noqa: ANN401
         low, high = line[:half], line[half:]
         _unpack(z, 0, low.ctypes.data, 0, high.ctypes.data, done // LANES, 0)
         for k in range(done, half):
-            code = np.int8(np.int8((pairs[k] & np.int8(15)) ^ np.int8(8)) - np.int8(8))
-            low[k] = np.float32(code)
+            low[k] = np.float32(_low(pairs[k]))
             if k < n - half:
-                high[k] = np.float32((pairs[k] - code) >> 4)
+                high[k] = np.float32(_high(pairs[k]))
     elif kind == INT16:
         words = carray(at_int16(z), n)
         for k in range(n):
@@ -128,7 +139,7 @@ def widen(kind: int, n: int, z: int, line: Any) -> None:  # noqa: ANN401
 def cut(pairs: Any, codes: Any) -> None:  # noqa: ANN401
     """Fill codes (n) with those of a row of bytes."""
     low, high = codes[: len(pairs)], codes[len(pairs) :]
-    for k in range(len(low)):  # narrow integers at each step: numba's own 64 bits would make short vectors
-        low[k] = np.int8(np.int8((pairs[k] & np.int8(15)) ^ np.int8(8)) - np.int8(8))
+    for k in range(len(low)):
+        low[k] = _low(pairs[k])
     for k in range(len(high)):
-        high[k] = np.int8(np.int8(pairs[k] + np.int8(8)) >> np.int8(4))
+        high[k] = _high(pairs[k])

@@ -58,7 +58,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = None  # type: ignore[assignment]
 
-REVISION = 22
+REVISION = 23
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 DEPTH = 1024
 """Most columns whose inputs, side by side, stay in the caches while all rows of a chunk are multiplied with them."""
@@ -103,10 +103,11 @@ def multiply_panels(address: int, first: int, last: int, scratch: int) -> None:
     count, most = (call[BATCH] + LANES - 1) // LANES, call[PANELS]
     inputs = scratch + _plane(matrix[N])
     room = inputs + most * _plane(matrix[N])
-    whole = call[TASK] == BY_LINES
-    for panel in range(0 if whole else first, count if whole else last, most):
-        now = min(most, (count if whole else last) - panel)
-        start, end = (first, last) if whole else (0, matrix[M])
+    start, end = 0, matrix[M]
+    if call[TASK] == BY_LINES:
+        start, end, first, last = first, last, 0, count
+    for panel in range(first, last, most):
+        now = min(most, last - panel)
         kept = end - start > call[LINES] or matrix[N] > DEPTH  # else the next panels take the place of what is done
         for i in range(start, end, call[LINES]):
             rows = scratch if i == start else 0
