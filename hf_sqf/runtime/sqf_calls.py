@@ -18,7 +18,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = None  # type: ignore[assignment]
 
-REVISION = 23
+REVISION = 24
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""
@@ -27,17 +27,18 @@ LARGEST_INT4 = 7
 SLACK = 64
 """Bytes that must be readable behind the dense part: vectors run over the end of its last row, against zeros of x."""
 
-CODES, KIND, M, N, STEPS, ROWS, STARTS, COLUMNS, VALUES, GOMP, WORKER = range(11)
+CODES, KIND, M, N, STEPS, ROWS, STARTS, COLUMNS, VALUES, GOMP, RANK, WORKER = range(12)
 """Fields of a matrix's descriptor, int64 each: addresses (0: there is none) of the dense part, float32 steps (n) and
-rows (m), of the sparse remainder's int32 starts (m + 1), uint16 columns and int16 values, and of what forks and works
-(see :class:`~.sqf_kernels.Kernels`). KIND is a storage."""
+rows (m), of the sparse remainder's int32 starts (m + 1), uint16 columns and int16 values, and of what forks, numbers
+threads and works (see :class:`~.sqf_kernels.Kernels`). KIND is a storage."""
 
 (MATRIX, TASK, INPUT, SCALED_STRIDE, OPERAND, OPERAND_STRIDE, PLANE, COUNT, SCALES, OUTPUT, BIAS, BATCH, DTYPE, IDS,
- FIRST_ROW, LAST, CHUNK, NEXT, LINES, PANELS, SCRATCH, SCRATCH_STRIDE, STARTED) = range(23)  # fmt: skip
+ FIRST_ROW, LAST, CHUNK, NEXT, LINES, PANELS, SCRATCH, SCRATCH_STRIDE, STARTED, PASSING) = range(24)  # fmt: skip
 """Fields of a call, int64 each. INPUT: x, scaled where SCALED_STRIDE is given; OPERAND: what the inner products take,
 in rows or planes; LAST: of what is shared out among threads, a CHUNK at a time. LINES and PANELS: most rows of codes
-and vectors of inputs at a time; SCRATCH: room for each thread, of those that have STARTED."""
-MATRIX_FIELDS, CALL_FIELDS = 11, 23
+and vectors of inputs at a time; SCRATCH: room for each thread, of those that have STARTED. PASSING: codes are read once
+and need not stay in the caches of whoever called, which has other things to do between two products."""
+MATRIX_FIELDS, CALL_FIELDS = 12, 24
 LINE = 64
 """Bytes of a line of the caches."""
 FLOATS, BYTES, DECODE, BY_LINES, BY_PANELS = range(5)

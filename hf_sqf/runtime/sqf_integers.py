@@ -139,7 +139,7 @@ class Integers:
         if self._kernels is not None:
             at = [arrays[name].data_ptr() if name in arrays else 0 for name in ("starts", "columns", "values")]
             first = arrays["codes"].data_ptr() if "codes" in arrays else 0
-            forked = [self._kernels.gomp, self._kernels.worker]
+            forked = [self._kernels.gomp, self._kernels.rank, self._kernels.worker]
             fields = [first, kind, *shape, self.steps.data_ptr(), self.rows.data_ptr(), *at, *forked]
             self._descriptor = np.array(fields, np.int64)
             self._address = self._descriptor.ctypes.data
@@ -188,7 +188,7 @@ class Integers:
             return None if y is None else y.to(x.dtype)
         if _BFLOAT16_ROWS is not None and batch >= _BFLOAT16_ROWS and x.dtype == torch.bfloat16:
             return None
-        y = torch.empty((*x.shape[:-1], m), dtype=x.dtype)  # sooner than x.new_empty
+        y = x.new_empty(*x.shape[:-1], m)  # sizes one by one: twice as soon as in a tuple
         at = 0 if bias is None else bias.data_ptr()
         given = self._address, x.data_ptr(), y.data_ptr(), at, batch, dtype, torch.get_num_threads()
         if batch < PANELS_FROM and batch != LANES:

@@ -58,7 +58,9 @@ from .sqf_calls import (
     OPERAND_STRIDE,
     OUTPUT,
     PANELS,
+    PASSING,
     PLANE,
+    RANK,
     ROWS,
     SCALED_STRIDE,
     SCALES,
@@ -105,7 +107,9 @@ from .sqf_vectors import (
     WIDE,
     fetch,
     fetch_add,
+    give_up,
     parallel,
+    rank,
 )
 
 try:
@@ -113,7 +117,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = cfunc = types = None  # type: ignore[assignment]
 
-REVISION = 23
+REVISION = 24
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 _LARGEST = 8290000.0
 """Of a fixed-point entry: its three signed digits to the base 256 stay within [-128, 127]."""
@@ -135,12 +139,14 @@ _CHUNK_CODES = 1 << 17
 
 _fetch = fetch()
 _fetch_add = fetch_add()
+_give_up = give_up()
 _parallel = parallel()
+_rank = rank()
 
 
 @jit
-def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a nest of loops)
-    """Fill the columns first..last of y."""
+def _multiply_rows(address: int, first: int, last: int, passing: bool) -> None:  # noqa: C901 (a nest of loops)
+    """Fill the columns first..last of y; codes that are ``passing`` leave the caches to what comes next."""
     call = carray(at_int64(address), CALL_FIELDS)
     matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
     kind, m, n, batch = INT8 if matrix[KIND] == INT6 else matrix[KIND], matrix[M], matrix[N], call[BATCH]
@@ -184,6 +190,9 @@ def _multiply_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (
                     for c in range(now):
                         for r in range(tall):
                             lines[b + c, i - first + r] = sums[r * now + c]
+            if passing:
+                for line in range(z, z + tall * z_stride, LINE):
+                    _give_up(line)
             i += tall
         for c in range(wide):
             line = lines[c]
@@ -248,7 +257,9 @@ def _decode_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a 
 def _take_chunks(address: int) -> None:
     """Take chunks of rows until none is left: what each thread does."""
     call = carray(at_int64(address), CALL_FIELDS)
+    matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
     scratch = call[SCRATCH] + call[SCRATCH_STRIDE] * _fetch_add(address + 8 * STARTED, 1)
+    passing = call[PASSING] != 0 and matrix[RANK] != 0 and _rank(matrix[RANK]) == 0
     while True:
         first = _fetch_add(address + 8 * NEXT, call[CHUNK])
         if first >= call[LAST]:
@@ -259,7 +270,7 @@ def _take_chunks(address: int) -> None:
         elif call[TASK] in (BY_LINES, BY_PANELS):
             multiply_panels(address, first, last, scratch)
         else:
-            _multiply_rows(address, first, last)
+            _multiply_rows(address, first, last, passing)
 
 
 @jit
@@ -288,6 +299,7 @@ def _run(call: Any, matrix: Any, batch: int, threads: int) -> None:  # noqa: ANN
 def _share_out(call: Any, matrix: Any, threads: int) -> None:  # noqa: ANN401
     call[NEXT] = call[STARTED] = 0
     if threads > 1 and matrix[GOMP] != 0 and call[LAST] > call[CHUNK]:
+        call[PASSING] = call[BATCH] == 1  # on one thread, giving lines up would take what it brings
         _parallel(matrix[GOMP], matrix[WORKER], call.ctypes.data, threads)
     else:
         _take_chunks(call.ctypes.data)
@@ -428,13 +440,14 @@ class Kernels:
         decode: ``(descriptor, ids, first, count, y, dtype, threads)``: y (count, n) = rows of W, with
             the int64 indices ``ids``, or from ``first`` on where that is 0.
         gomp: address of the fork of torch's OpenMP pool; 0 where torch has another: one thread works then.
+        rank: address of what answers with a thread's number in it, or 0.
         worker: what the threads run.
     """
 
     def __init__(self) -> None:
         worker = cfunc(types.void(types.int64), cache=True)(_worker)
         self.worker: int = worker.address or 0
-        self.gomp = _gomp()
+        self.gomp, self.rank = _openmp("GOMP_parallel"), _openmp("omp_get_thread_num")
         self._keep: list[Any] = [worker]
         self.multiply, self.multiply_many = self._entry(_multiply, 7), self._entry(_multiply_many, 9)
         self.decode = self._entry(_decode, 7)
@@ -445,9 +458,9 @@ class Kernels:
         return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arguments)(compiled.address or 0)
 
 
-def _gomp() -> int:
+def _openmp(name: str) -> int:
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+        return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value or 0
     except (AttributeError, OSError, TypeError):  # no such function, or a system where None names no library
         return 0
 

@@ -30,7 +30,7 @@ from .sqf_container import Record, records
 from .sqf_factors import Factors
 from .sqf_forms import keep_all, take_form, take_form_for_program
 from .sqf_memory import release
-from .sqf_product import linear, matrix, plain, product, rows
+from .sqf_product import autocasting, linear, matrix, plain, product, rows, under_autocast
 from .sqf_resident import is_resident, resident_backend
 from .sqf_running import Running
 
@@ -123,12 +123,12 @@ class SQFModule(nn.Module):
         Raises:
             ValueError: as for :meth:`factors`.
         """
-        data = self._bytes(name)
+        data: nn.Parameter = self._parameters[name + SUFFIX]  # type: ignore[assignment]  # sooner than by a call
         known = self._running.get(name)
-        if known is not None:
-            parameter, address, version, found = known
-            if parameter is data and address == data.data_ptr() and (version is None or version == data._version):
-                return found
+        if known is not None and known[0] is data and known[1] == data.data_ptr():
+            version = known[2]
+            if version is None or version == data._version:
+                return known[3]
         if self.waiting:
             take_form(self)
         found = matrices_in(data, self.runtime, self.compute_dtype, self.held[name].name)
@@ -183,12 +183,10 @@ class SQFModule(nn.Module):
 
     def _multiply(self, x: Tensor) -> Tensor:
         bias = self._parameters["bias"]
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(kind))
         if plain(x, bias):
-            return product(self.matrices()[0], x, bias)
+            return product(self.matrices()[0], under_autocast(x) if autocasting() else x, bias)
         m, n = self.held["weight"].matrix_shape
+        x = under_autocast(x)
         return linear(x, self._operand("weight"), bias, m, n, self.runtime, self.compute_dtype)
 
     def _matrix(self, name: str, index: int, dtype: torch.dtype) -> Tensor:

@@ -36,16 +36,31 @@ def product(matrix: Running, x: Tensor, bias: Tensor | None) -> Tensor:
     return matrix.multiply(x, bias)
 
 
+# Found once: looking them up takes longer than the calls, between products that leave the caches to nothing else.
+_compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_dispatch_modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack
+autocasting = torch._C._is_any_autocast_enabled
+
+
 def plain(x: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a product with ``x`` is nobody's business but ours: no gradient, compilation, tracing, or subclass."""
     return not (
-        torch.compiler.is_compiling()
+        _compiling()
         or type(x) is not Tensor
-        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or _dispatch_modes()
+        or _tracing()
+        or _transforms() is not None
     )
+
+
+def under_autocast(x: Tensor) -> Tensor:
+    """Return x in the dtype that autocast, where it is on for x's device, takes to products."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear", mutates_args=())

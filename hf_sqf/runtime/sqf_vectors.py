@@ -85,6 +85,29 @@ def fetch() -> Any:  # noqa: ANN401
     return ahead
 
 
+def give_up() -> Any:  # noqa: ANN401
+    """Return a request to move the line at an address out of a processor's own caches, to where all find it.
+
+    Nothing where the processor has no such instruction.
+    """
+    if not HAVE_NUMBA:
+        return None
+
+    @intrinsic
+    def demote(typingctx: Any, address: Any) -> Any:  # noqa: ANN401
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+            if FEATURES.get("cldemote"):
+                line = ir.IntType(8).as_pointer()
+                builder.call(
+                    _instruction(builder, "llvm.x86.cldemote", ir.VoidType(), [line]), [builder.inttoptr(args[0], line)]
+                )
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return demote
+
+
 def fetch_add() -> Any:  # noqa: ANN401
     """Return an atomic ``*address += amount`` that answers with the value before."""
     if not HAVE_NUMBA:
@@ -118,6 +141,22 @@ def parallel() -> Any:  # noqa: ANN401
         return types.void(types.int64, types.int64, types.int64, types.int64), generate
 
     return fork
+
+
+def rank() -> Any:  # noqa: ANN401
+    """Return a call of OpenMP's ``omp_get_thread_num()`` by its address."""
+    if not HAVE_NUMBA:
+        return None
+
+    @intrinsic
+    def number(typingctx: Any, address: Any) -> Any:  # noqa: ANN401
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+            entry = builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer())
+            return builder.sext(builder.call(entry, []), ir.IntType(64))
+
+        return types.int64(types.int64), generate
+
+    return number
 
 
 def _dots(emit: Callable[..., None]) -> Any:  # noqa: ANN401

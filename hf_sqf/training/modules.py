@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..runtime.sqf_backends import factors_in
 from ..runtime.sqf_factors import Factors
 from ..runtime.sqf_modules import SUFFIX, SQFModule, _compressed_class
+from ..runtime.sqf_product import under_autocast
 from .factors import TrainedWeight
 
 PREFIX = "sqf_trained_"
@@ -50,10 +51,7 @@ class TrainedModule(SQFModule):
         raise ValueError(f"runtime cannot become {runtime!r} while factors are trained: change it afterwards")
 
     def _multiply(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(kind))
-        y = self.trained["weight"].product(x)
+        y = self.trained["weight"].product(under_autocast(x))
         bias = self._parameters["bias"]
         return y if bias is None else y + bias.to(y.dtype)
 
