@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .sqf_calls import BFLOAT16, FLOAT32, LARGEST_INT4, SLACK
 from .sqf_jit import HAVE_NUMBA
-from .sqf_kernels import PANELS_FROM, Kernels, kernels
-from .sqf_vectors import FEATURES, INT4, INT6, INT8, INT16, LANES, NONE
+from .sqf_kernels import Kernels, few_of, kernels
+from .sqf_vectors import FEATURES, INT4, INT6, INT8, INT16, NONE
 
 INT32 = 32
 _DTYPES = {INT4: torch.int8, INT6: torch.int8, INT8: torch.int8, INT16: torch.int16, INT32: torch.int32}
@@ -190,12 +190,17 @@ class Integers:
             return None
         y = x.new_empty(*x.shape[:-1], m)  # sizes one by one: twice as soon as in a tuple
         at = 0 if bias is None else bias.data_ptr()
-        given = self._address, x.data_ptr(), y.data_ptr(), at, batch, dtype, torch.get_num_threads()
-        if batch < PANELS_FROM and batch != LANES:
-            compiled.multiply(*given)
-        elif needed := compiled.multiply_many(*given, _scratch.room.data_ptr(), _scratch.room.numel()):
-            _scratch.room = torch.empty(needed, dtype=torch.uint8)
-            compiled.multiply_many(*given, _scratch.room.data_ptr(), needed)
+        given, result, threads = x.data_ptr(), y.data_ptr(), torch.get_num_threads()
+        few = few_of(batch)
+        many = batch - few
+        if many:
+            most = self._address, given, result, at, many, dtype, threads
+            if needed := compiled.multiply_many(*most, _scratch.room.data_ptr(), _scratch.room.numel()):
+                _scratch.room = torch.empty(needed, dtype=torch.uint8)
+                compiled.multiply_many(*most, _scratch.room.data_ptr(), needed)
+            given, result = given + many * n * x.itemsize, result + many * m * x.itemsize
+        if few:
+            compiled.multiply(self._address, given, result, at, few, dtype, threads)
         return y
 
     def decode(self, first: int, last: int, dtype: torch.dtype) -> Tensor:

@@ -126,9 +126,8 @@ _LONGEST = 65536
 _FIRST_BYTES = 4096
 _THREAD_CODES = 1 << 16
 """Products that are worth a thread: waking one costs some microseconds."""
-PANELS_FROM = 5 * LANES // 4
-"""Rows of x from which it pays to widen a chunk's codes to float32, and to lay inputs side by side; it does, too, where
-they are as many as LANES."""
+_FEW = LANES // 8
+"""Rows of x beyond whole panels that are multiplied one by one: another panel would take longer."""
 _MOST, _MOST_INPUTS = 512, 1 << 20
 """Rows of x, and numbers in them, that are laid side by side at a time: at most so many, but WIDE panels."""
 _PANELS_EACH = 8
@@ -434,9 +433,9 @@ class Kernels:
     Attributes:
         multiply: ``(descriptor, x, y, bias, batch, dtype, threads)``: y = x . W^T + bias, for few rows. x (batch, n)
             and y (batch, m) are contiguous, of ``dtype``; bias float32 (m), or 0.
-        multiply_many: ``(descriptor, x, y, bias, batch, dtype, threads, scratch, room)``: the same for many rows (see
-            PANELS_FROM), with ``room`` bytes at ``scratch``. Where that is too little nothing is done, and it answers
-            with the bytes that it takes; else with 0.
+        multiply_many: ``(descriptor, x, y, bias, batch, dtype, threads, scratch, room)``: the same for LANES rows and
+            more, with ``room`` bytes at ``scratch``. Where that is too little nothing is done, and it answers with the
+            bytes that it takes; else with 0.
         decode: ``(descriptor, ids, first, count, y, dtype, threads)``: y (count, n) = rows of W, with
             the int64 indices ``ids``, or from ``first`` on where that is 0.
         gomp: address of the fork of torch's OpenMP pool; 0 where torch has another: one thread works then.
@@ -463,6 +462,15 @@ def _openmp(name: str) -> int:
         return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value or 0
     except (AttributeError, OSError, TypeError):  # no such function, or a system where None names no library
         return 0
+
+
+def few_of(batch: int) -> int:
+    """Return how many of ``batch`` rows of x, the last ones, are for :attr:`Kernels.multiply`; it is 0 or more.
+
+    For the others, if there are any, it pays to widen codes to float32 and to lay inputs side by side.
+    """
+    beyond = batch % LANES
+    return batch if batch < LANES else beyond if beyond <= _FEW else 0
 
 
 @lru_cache(maxsize=1)
