@@ -7,7 +7,13 @@ and x' of a weight there, and ``H' = E[x' x'^T]``, the distance of outputs is
     E |W x - W^ x'|_G^2 = d(W*, W^) + const,    W* = W + W E[(x - x') x'^T] H'^-1,
 
 so that W* is what is rounded, in the metric (H', G) (Frantar and Alistarh, arXiv 2208.11580; Li et al., GPTAQ, arXiv
-2504.02692). The whole step to W* trusts a few thousand rows of data too much: a share of it, :data:`SHARE`, does best.
+2504.02692). Where outputs are added to something else, as those of a block's branches are to its hidden states, what
+counts is the sum: with the sums s and s' of the two runs (W still dense),
+
+    W* = W + E[(s - s') x'^T] H'^-1,
+
+so that W makes up for what the hidden states lack, too. The whole step to W* trusts a few thousand rows of data too
+much: a share of it, :data:`SHARE`, does best.
 
 Weights outside of the blocks come first, as they are. Experts see other rows in the two runs, so that only their H'
 is measured.
@@ -16,7 +22,7 @@ is measured.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +31,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from ..runtime.sqf_container import unpack
@@ -33,7 +41,7 @@ from .calibration_data import thinned
 from .mapped import release_module
 from .metric import Metric
 from .ranks import Ranks
-from .recorder import Recorder, input_rows, measuring
+from .recorder import Recorder, input_rows, measuring, output_rows
 from .statistics import FileMoments, Statistics, shrink
 from .sums import Sums, measure_all
 from .targets import Target
@@ -43,7 +51,8 @@ logger = logging.getLogger(__name__)
 SHARE = 0.5
 """Of the step to W*: half did best among none, 0.3, 0.5, 0.75 and all on the first blocks of SmolLM2-135M, on text of
 the calibration's kind and on other text; the whole step does harm."""
-_DRIFT = ":drift"
+_DRIFT, _LACK = ":drift", ":lack"  # moments of what inputs and sums lack
+_ADDING = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +65,7 @@ class Stage:
         module: whose input it is.
         targets: the weights.
         last: whether no stage of the block comes after it.
+        joins: whether its one output is added to another tensor, as a branch to the hidden states.
     """
 
     block: int
@@ -63,6 +73,7 @@ class Stage:
     module: nn.Module
     targets: tuple[Target, ...]
     last: bool
+    joins: bool
 
     @property
     def experts(self) -> bool:
@@ -99,6 +110,7 @@ class Sequential:
         self._decoded: dict[nn.Parameter, Tensor] = {}
         self._reached = 0  # the data has been through so many blocks
         self._done: set[int] = set()  # blocks that the original's data has been through
+        self._added: set[nn.Module] = set()  # whose outputs are added to other tensors
         with measuring(model):
             self._replay = Replay(model, find_stacks(model, batches[0]))
             self.stages = self._find_stages(targets)
@@ -129,8 +141,9 @@ class Sequential:
                 found.setdefault((block_of[module], key), []).append(target)
         lasts = dict(found.keys())  # block -> key of its last stage
         return [
-            Stage(block, key, some[0].sites[0][0], tuple(some), lasts[block] == key)
+            Stage(block, key, module, tuple(some), lasts[block] == key, len(some) == 1 and module in self._added)
             for (block, key), some in found.items()
+            for module in [some[0].sites[0][0]]
         ]
 
     def _in_order(self, targets: Sequence[Target]) -> list[Target]:
@@ -140,8 +153,9 @@ class Sequential:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
             order.setdefault(module, len(order))
 
-        with ExitStack() as hooks, torch.no_grad():
-            for module in {target.sites[0][0] for target in targets}:
+        modules = {target.sites[0][0] for target in targets}
+        with ExitStack() as hooks, torch.no_grad(), Additions(modules, lambda module, total: self._added.add(module)):
+            for module in modules:
                 hooks.callback(module.register_forward_pre_hook(note).remove)
             self._model(**self._batches[0])
         return sorted((t for t in targets if t.sites[0][0] in order), key=lambda target: order[target.sites[0][0]])
@@ -193,10 +207,13 @@ class Sequential:
             return weight, metric
         share = self._statistics.shrinkage[key]
         metric = Metric(shrink(self._moments[key], share), metric.g)
-        if key + _DRIFT not in self._moments:
+        if key + _LACK in self._moments:
+            lack = self._moments[key + _LACK].double()
+        elif key + _DRIFT in self._moments:
+            lack = weight.double() @ self._moments[key + _DRIFT].double()
+        else:
             return weight, metric
-        drift = weight.double() @ ((1.0 - share) * self._moments[key + _DRIFT].double())
-        step = torch.cholesky_solve(drift.T, metric.cholesky()).T
+        step = torch.cholesky_solve((1.0 - share) * lack.T, metric.cholesky()).T
         return (weight.double() + self._share * step).to(weight.dtype), metric
 
     def _measure(self, recorder: Recorder | Sums, run: Callable[[int, Batch], int]) -> Sums:
@@ -213,13 +230,14 @@ class Sequential:
         return 0
 
     def _pair(self, run: Callable[[str, Batch], Any], stage: Stage, tally: Sums, number: int, batch: Batch) -> int:
-        """Add the moments of a stage's input, and of what it lacks, over a batch."""
-        original = _input_of(stage.module, run, f"original-{number}", batch, stage.last)
+        """Add the moments of a stage's input, and of what it lacks, or what its sum does, over a batch."""
+        original, wanted = _seen_at(stage, run, f"original-{number}", batch, stage.last)
         with self._swapped():
-            rows = _input_of(stage.module, run, f"compressed-{number}", batch)
-        for key, left in ((stage.key, rows), (stage.key + _DRIFT, original.sub_(rows))):
+            rows, given = _seen_at(stage, run, f"compressed-{number}", batch)
+        lack = original.sub_(rows) if wanted is None or given is None else wanted.sub_(given)
+        for key, left in ((stage.key, rows), (stage.key + (_LACK if stage.joins else _DRIFT), lack)):
             if key not in tally.moments:
-                tally.moments[key] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+                tally.moments[key] = torch.zeros(left.shape[1], rows.shape[1], device=rows.device)
             tally.moments[key].addmm_(left.T, rows)
             tally.counts[key] = tally.counts.get(key, 0) + len(rows)
         return 0
@@ -237,22 +255,85 @@ class Sequential:
                 parameter.data = data
 
 
-def _input_of(
-    module: nn.Module, run: Callable[[str, Batch], Any], key: str, batch: Batch, to_end: bool = False
-) -> Tensor:
-    """Return the rows (N, n) that reach a module, float32; what comes behind it in its block is run on request."""
+class Additions(TorchFunctionMode):
+    """Watches what the outputs of modules are added to, if it is a tensor of the same shape that was there before.
+
+    (One that was made later may be made of the output, as in some activations: x + 0.04 x^3.)
+
+    Args:
+        modules: which ones.
+        found: is called with a module and the sum, each time.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], found: Callable[[nn.Module, Tensor], object]) -> None:
+        super().__init__()
+        self._modules, self._found = modules, found
+        self._outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # output -> its module, and how many calls before
+        self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> the same
+        self._calls = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Additions:
+        """Hook the modules."""
+        for module in self._modules:
+            self._stack.callback(module.register_forward_hook(self._note).remove)
+        super().__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leave no hook behind."""
+        super().__exit__(kind, error, trace)
+        self._stack.close()
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
+        if isinstance(output, Tensor):
+            self._outputs[output] = module, self._calls
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
+        """Look at sums of two tensors."""
+        pair = args if not kwargs and getattr(func, "__name__", "") in _ADDING else ()
+        added = []
+        if len(pair) == 2 and all(isinstance(term, Tensor) for term in pair) and pair[0].shape == pair[1].shape:
+            for term, other in (pair, pair[::-1]):
+                module, calls = self._outputs.get(term, (None, 0))
+                if module is not None and self._made.get(other, 0) <= calls:
+                    added.append(module)
+        result = func(*args, **(kwargs or {}))
+        self._calls += 1
+        if isinstance(result, Tensor):
+            self._made[result] = self._calls
+        for module in added:
+            self._found(module, result)
+        return result
+
+
+def _seen_at(
+    stage: Stage, run: Callable[[str, Batch], Any], key: str, batch: Batch, to_end: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return the rows (N, n) that reach a stage and, where it joins, those of the sum (N, m), float32.
+
+    What comes behind it in its block is run on request.
+    """
     seen: list[Tensor] = []
+    sums: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows = input_rows(module, args[0])
         assert rows is not None  # it would have no statistics
         seen.append(rows.float().clone())
+        if not (to_end or stage.joins):
+            raise Reached
+
+    def look_at_sum(module: nn.Module, total: Tensor) -> None:
+        sums.append(output_rows(module, total).float().clone())
         if not to_end:
             raise Reached
 
-    hook = module.register_forward_pre_hook(look)
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(stage.module.register_forward_pre_hook(look).remove)
+        if stage.joins:
+            hooks.enter_context(Additions([stage.module], look_at_sum))
         run(key, batch)
-    finally:
-        hook.remove()
-    return seen[0]
+    if stage.joins and not sums:
+        raise RuntimeError(f"{stage.key}: what it gives was added to the hidden states for one batch, not for another")
+    return seen[0], sums[0] if stage.joins else None

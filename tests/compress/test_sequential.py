@@ -8,7 +8,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from hf_sqf import SQFConfig, compress, dequantize
 from hf_sqf.compress.collect import collect
 from hf_sqf.compress.metric import Metric
-from hf_sqf.compress.sequential import SHARE, Sequential
+from hf_sqf.compress.sequential import SHARE, Additions, Sequential
 from hf_sqf.compress.statistics import shrink
 from hf_sqf.compress.targets import find_targets
 from hf_sqf.runtime.sqf_container import pack, unpack
@@ -32,6 +32,21 @@ def rows_of(model, batches, name):
     return torch.cat(rows)
 
 
+def sums_of(model, batches, name):
+    """Return what the outputs of a branch's last layer are added up to with the hidden states, (N, m)."""
+    layer, sums = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0]), []
+    if name.endswith("o_proj"):
+        norm = layer.post_attention_layernorm
+        handle = norm.register_forward_pre_hook(lambda m, args: sums.append(args[0].flatten(0, 1)))
+    else:
+        handle = layer.register_forward_hook(lambda m, args, out: sums.append(out.flatten(0, 1)))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    return torch.cat(sums)
+
+
 def coarse(target, step=0.5):
     """Return packed bytes of a weight rounded to multiples of a step of its own size."""
     from hf_sqf.compress.factorize import solve
@@ -47,6 +62,7 @@ def test_stages_follow_the_model():
     one = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
            ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]  # fmt: skip
     assert names == [[f"{block}.{name}.weight" for name in stage] for block in (0, 1) for stage in one]
+    assert [stage.joins for stage in sequence.stages] == 2 * [False, True, False, True]
     assert {t.name for t in sequence.outside} == {"model.embed_tokens.weight", "lm_head.weight"}
 
 
@@ -75,13 +91,36 @@ def test_weights_are_fitted_to_the_inputs_they_get():
                 (weight,), (metric,) = sequence.problem(target)
                 torch.testing.assert_close(metric.H, H, rtol=1e-4, atol=1e-6)
                 W = target.matrices()[0]
-                drift = (1 - a) * (x - seen).T.double() @ seen.double() / len(seen)
-                whole = W.double() @ drift @ torch.linalg.inv(H.double())
+                if stage.joins:
+                    lack = sums_of(model, batches[1:], name) - sums_of(replaced, batches[1:], name)
+                else:
+                    lack = (x - seen) @ W.T
+                whole = (1 - a) * lack.T.double() @ seen.double() / len(seen) @ torch.linalg.inv(H.double())
                 torch.testing.assert_close(weight.double(), W + SHARE * whole, rtol=1e-3, atol=1e-3)
             sequence.leave(stage.targets, packed)
             done += stage.targets
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_sums_are_found_where_outputs_are_added_to_a_tensor_of_their_shape():
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    found = []
+    with torch.no_grad(), Additions([first], lambda module, total: found.append((module, total.clone()))):
+        x = torch.randn(2, 3)
+        y = torch.nn.functional.dropout(first(x), 0.5, training=False)
+        total = x + y
+        y + 1.0
+        y * x
+        torch.add(y, x, alpha=2)
+        x + second(x)
+        x + y.sum(0)
+        y + y**3
+        y += x
+    assert [module for module, _ in found] == [first, first]
+    assert torch.equal(found[0][1], total)
+    assert torch.equal(found[1][1], total)
+    assert not first._forward_hooks
 
 
 def test_experts_are_measured_as_they_are_hit():
