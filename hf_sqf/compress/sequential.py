@@ -62,7 +62,6 @@ class Stage:
     Attributes:
         block: index of the block.
         key: the input's name.
-        module: whose input it is.
         targets: the weights.
         last: whether no stage of the block comes after it.
         joins: whether its one output is added to another tensor, as a branch to the hidden states.
@@ -70,10 +69,14 @@ class Stage:
 
     block: int
     key: str
-    module: nn.Module
     targets: tuple[Target, ...]
     last: bool
     joins: bool
+
+    @property
+    def module(self) -> nn.Module:
+        """One of the modules whose input it is."""
+        return self.targets[0].sites[0][0]
 
     @property
     def experts(self) -> bool:
@@ -141,9 +144,8 @@ class Sequential:
                 found.setdefault((block_of[module], key), []).append(target)
         lasts = dict(found.keys())  # block -> key of its last stage
         return [
-            Stage(block, key, module, tuple(some), lasts[block] == key, len(some) == 1 and module in self._added)
+            Stage(block, key, tuple(some), lasts[block] == key, len(some) == 1 and some[0].sites[0][0] in self._added)
             for (block, key), some in found.items()
-            for module in [some[0].sites[0][0]]
         ]
 
     def _in_order(self, targets: Sequence[Target]) -> list[Target]:
@@ -231,10 +233,10 @@ class Sequential:
 
     def _pair(self, run: Callable[[str, Batch], Any], stage: Stage, tally: Sums, number: int, batch: Batch) -> int:
         """Add the moments of a stage's input, and of what it lacks, or what its sum does, over a batch."""
-        original, wanted = _seen_at(stage, run, f"original-{number}", batch, stage.last)
+        _, wanted = _seen_at(stage, run, f"original-{number}", batch, stage.last)
         with self._swapped():
             rows, given = _seen_at(stage, run, f"compressed-{number}", batch)
-        lack = original.sub_(rows) if wanted is None or given is None else wanted.sub_(given)
+        lack = wanted.sub_(given)
         for key, left in ((stage.key, rows), (stage.key + (_LACK if stage.joins else _DRIFT), lack)):
             if key not in tally.moments:
                 tally.moments[key] = torch.zeros(left.shape[1], rows.shape[1], device=rows.device)
@@ -309,8 +311,10 @@ class Additions(TorchFunctionMode):
 
 def _seen_at(
     stage: Stage, run: Callable[[str, Batch], Any], key: str, batch: Batch, to_end: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Return the rows (N, n) that reach a stage and, where it joins, those of the sum (N, m), float32.
+) -> tuple[Tensor, Tensor]:
+    """Return the rows (N, n) that reach a stage, and what of it two runs are compared by, float32.
+
+    That is the sum (N, m) where it joins, and else the rows.
 
     What comes behind it in its block is run on request.
     """
@@ -336,4 +340,4 @@ def _seen_at(
         run(key, batch)
     if stage.joins and not sums:
         raise RuntimeError(f"{stage.key}: what it gives was added to the hidden states for one batch, not for another")
-    return seen[0], sums[0] if stage.joins else None
+    return seen[0], (sums if stage.joins else seen)[0]

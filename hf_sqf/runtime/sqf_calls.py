@@ -18,7 +18,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = None  # type: ignore[assignment]
 
-REVISION = 24
+REVISION = 25
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""
@@ -37,7 +37,8 @@ threads and works (see :class:`~.sqf_kernels.Kernels`). KIND is a storage."""
 """Fields of a call, int64 each. INPUT: x, scaled where SCALED_STRIDE is given; OPERAND: what the inner products take,
 in rows or planes; LAST: of what is shared out among threads, a CHUNK at a time. LINES and PANELS: most rows of codes
 and vectors of inputs at a time; SCRATCH: room for each thread, of those that have STARTED. PASSING: codes are read once
-and need not stay in the caches of whoever called, which has other things to do between two products."""
+and need not stay in the caches of whoever called, who has other things to do between two products; the address of what
+numbers threads, or 0."""
 MATRIX_FIELDS, CALL_FIELDS = 12, 24
 LINE = 64
 """Bytes of a line of the caches."""

@@ -117,7 +117,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = cfunc = types = None  # type: ignore[assignment]
 
-REVISION = 24
+REVISION = 25
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 _LARGEST = 8290000.0
 """Of a fixed-point entry: its three signed digits to the base 256 stay within [-128, 127]."""
@@ -256,9 +256,8 @@ def _decode_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a 
 def _take_chunks(address: int) -> None:
     """Take chunks of rows until none is left: what each thread does."""
     call = carray(at_int64(address), CALL_FIELDS)
-    matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
     scratch = call[SCRATCH] + call[SCRATCH_STRIDE] * _fetch_add(address + 8 * STARTED, 1)
-    passing = call[PASSING] != 0 and matrix[RANK] != 0 and _rank(matrix[RANK]) == 0
+    passing = call[PASSING] != 0 and _rank(call[PASSING]) == 0
     while True:
         first = _fetch_add(address + 8 * NEXT, call[CHUNK])
         if first >= call[LAST]:
@@ -298,7 +297,8 @@ def _run(call: Any, matrix: Any, batch: int, threads: int) -> None:  # noqa: ANN
 def _share_out(call: Any, matrix: Any, threads: int) -> None:  # noqa: ANN401
     call[NEXT] = call[STARTED] = 0
     if threads > 1 and matrix[GOMP] != 0 and call[LAST] > call[CHUNK]:
-        call[PASSING] = call[BATCH] == 1  # on one thread, giving lines up would take what it brings
+        if call[BATCH] == 1:  # on one thread, giving lines up would take what it brings
+            call[PASSING] = matrix[RANK]
         _parallel(matrix[GOMP], matrix[WORKER], call.ctypes.data, threads)
     else:
         _take_chunks(call.ctypes.data)

@@ -58,7 +58,7 @@ try:
 except ImportError:  # nothing here is called then
     carray = None  # type: ignore[assignment]
 
-REVISION = 24
+REVISION = 25
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 DEPTH = 1024
 """Most columns whose inputs, side by side, stay in the caches while all rows of a chunk are multiplied with them."""

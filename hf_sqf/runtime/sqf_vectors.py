@@ -71,18 +71,7 @@ def address_as(name: str) -> Any:  # noqa: ANN401
 
 def fetch() -> Any:  # noqa: ANN401
     """Return a request for the memory at an address before it is needed."""
-    if not HAVE_NUMBA:
-        return None
-
-    @intrinsic
-    def ahead(typingctx: Any, address: Any) -> Any:  # noqa: ANN401
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
-            _fetch_ahead(builder, args[0])
-            return context.get_dummy_value()
-
-        return types.void(types.int64), generate
-
-    return ahead
+    return _request(_fetch_ahead)
 
 
 def give_up() -> Any:  # noqa: ANN401
@@ -90,22 +79,23 @@ def give_up() -> Any:  # noqa: ANN401
 
     Nothing where the processor has no such instruction.
     """
+    return _request(_demote)
+
+
+def _request(emit: Callable[[Any, Any], None]) -> Any:  # noqa: ANN401
+    """Return a function of an address whose code ``emit(builder, address)`` writes; it returns nothing."""
     if not HAVE_NUMBA:
         return None
 
     @intrinsic
-    def demote(typingctx: Any, address: Any) -> Any:  # noqa: ANN401
+    def request(typingctx: Any, address: Any) -> Any:  # noqa: ANN401
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
-            if FEATURES.get("cldemote"):
-                line = ir.IntType(8).as_pointer()
-                builder.call(
-                    _instruction(builder, "llvm.x86.cldemote", ir.VoidType(), [line]), [builder.inttoptr(args[0], line)]
-                )
+            emit(builder, args[0])
             return context.get_dummy_value()
 
         return types.void(types.int64), generate
 
-    return demote
+    return request
 
 
 def fetch_add() -> Any:  # noqa: ANN401
@@ -188,6 +178,14 @@ def _fetch_ahead(builder: Any, address: Any) -> None:  # noqa: ANN401
         builder.module, ir.FunctionType(ir.VoidType(), [line, flag, flag, flag]), "llvm.prefetch.p0"
     )
     builder.call(prefetch, [builder.inttoptr(address, line), flag(0), flag(2), flag(1)])
+
+
+def _demote(builder: Any, address: Any) -> None:  # noqa: ANN401
+    """Have a line of memory leave the processor's own caches."""
+    if FEATURES.get("cldemote"):
+        line = ir.IntType(8).as_pointer()
+        demote = _instruction(builder, "llvm.x86.cldemote", ir.VoidType(), [line])
+        builder.call(demote, [builder.inttoptr(address, line)])
 
 
 def _store_sums(builder: Any, add: Any, vectors: list[Any], lanes: int, out: Any) -> None:  # noqa: ANN401
