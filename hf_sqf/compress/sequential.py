@@ -12,8 +12,10 @@ counts is the sum: with the sums s and s' of the two runs (W still dense),
 
     W* = W + E[(s - s') x'^T] H'^-1,
 
-so that W makes up for what the hidden states lack, too. The whole step to W* trusts a few thousand rows of data too
-much: a share of it, :data:`SHARE`, does best.
+so that W makes up for what the hidden states lack, too. There each row of data counts by ``1 / |s|^2``, in H' as well:
+what follows normalizes the sums token by token, and a few tokens' are hundreds of times as large as all others.
+
+The whole step to W* trusts a few thousand rows of data too much: a share of it, :data:`SHARE`, does best.
 
 Weights outside of the blocks come first, as they are. Experts see other rows in the two runs, so that only their H'
 is measured.
@@ -52,6 +54,7 @@ SHARE = 0.5
 """Of the step to W*: half did best among none, 0.3, 0.5, 0.75 and all on the first blocks of SmolLM2-135M, on text of
 the calibration's kind and on other text; the whole step does harm."""
 _DRIFT, _LACK = ":drift", ":lack"  # moments of what inputs and sums lack
+_LEAST_POWER = 1e-12
 _ADDING = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
 
 
@@ -236,7 +239,10 @@ class Sequential:
         _, wanted = _seen_at(stage, run, f"original-{number}", batch, stage.last)
         with self._swapped():
             rows, given = _seen_at(stage, run, f"compressed-{number}", batch)
+        weights = relative_weights(wanted).sqrt_() if stage.joins else None
         lack = wanted.sub_(given)
+        if weights is not None:
+            rows, lack = rows.mul_(weights), lack.mul_(weights)
         for key, left in ((stage.key, rows), (stage.key + (_LACK if stage.joins else _DRIFT), lack)):
             if key not in tally.moments:
                 tally.moments[key] = torch.zeros(left.shape[1], rows.shape[1], device=rows.device)
@@ -307,6 +313,12 @@ class Additions(TorchFunctionMode):
         for module in added:
             self._found(module, result)
         return result
+
+
+def relative_weights(states: Tensor) -> Tensor:
+    """Return how much each token counts where errors are relative to its power, (N, 1) of mean 1, for states (N, m)."""
+    weights = states.square().mean(1, keepdim=True).clamp_min_(_LEAST_POWER).reciprocal_()
+    return weights.div_(weights.mean())
 
 
 def _seen_at(

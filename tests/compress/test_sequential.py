@@ -8,7 +8,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from hf_sqf import SQFConfig, compress, dequantize
 from hf_sqf.compress.collect import collect
 from hf_sqf.compress.metric import Metric
-from hf_sqf.compress.sequential import SHARE, Additions, Sequential
+from hf_sqf.compress.sequential import SHARE, Additions, Sequential, relative_weights
 from hf_sqf.compress.statistics import shrink
 from hf_sqf.compress.targets import find_targets
 from hf_sqf.runtime.sqf_container import pack, unpack
@@ -85,14 +85,18 @@ def test_weights_are_fitted_to_the_inputs_they_get():
             name = stage.targets[0].name.removesuffix(".weight")
             x, seen = rows_of(model, batches[1:], name), rows_of(replaced, batches[1:], name)
             assert not torch.allclose(x, seen)
-            a = statistics.shrinkage[stage.key]
-            H = shrink(seen.T @ seen / len(seen), a)
+            a, weights = statistics.shrinkage[stage.key], torch.ones(len(seen), 1)
+            if stage.joins:
+                sums = sums_of(model, batches[1:], name)
+                relative = [1.0 / part.square().mean(1) for part in sums.split(batches[1]["input_ids"].numel())]
+                weights = torch.cat([part / part.mean() for part in relative])[:, None]
+            H = shrink(seen.T @ (weights * seen) / len(seen), a)
             for target in stage.targets:
                 (weight,), (metric,) = sequence.problem(target)
                 torch.testing.assert_close(metric.H, H, rtol=1e-4, atol=1e-6)
                 W = target.matrices()[0]
                 if stage.joins:
-                    lack = sums_of(model, batches[1:], name) - sums_of(replaced, batches[1:], name)
+                    lack = weights * (sums - sums_of(replaced, batches[1:], name))
                 else:
                     lack = (x - seen) @ W.T
                 whole = (1 - a) * lack.T.double() @ seen.double() / len(seen) @ torch.linalg.inv(H.double())
@@ -101,6 +105,14 @@ def test_weights_are_fitted_to_the_inputs_they_get():
             done += stage.targets
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_tokens_count_relative_to_their_power():
+    states = torch.tensor([[1.0, 1.0], [100.0, 0.0], [0.0, 2.0]])
+    weights = relative_weights(states)
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+    torch.testing.assert_close(weights[:, 0] * states.square().mean(1), weights[0].expand(3))
+    assert torch.isfinite(relative_weights(torch.zeros(2, 3))).all()
 
 
 def test_sums_are_found_where_outputs_are_added_to_a_tensor_of_their_shape():
