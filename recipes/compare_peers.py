@@ -95,14 +95,12 @@ def quanto(model: str, bits: str) -> PreTrainedModel:
     )
 
 
-def bitsandbytes(model: str) -> PreTrainedModel:
-    """Load with bitsandbytes, NF4."""
+def bitsandbytes(model: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load with bitsandbytes, NF4; on processors that do so, it multiplies in bfloat16 whatever the dtype."""
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, quantization_config=config, device_map="cpu"
-    )
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, quantization_config=config, device_map="cpu")
 
 
 def hqq(model: str) -> PreTrainedModel:
@@ -247,7 +245,8 @@ SIDES: dict[str, Side] = {
     "hf_sqf, 3.2 bits, all weights, calibrated": _ours(3.2, True, calibrated=True),
     "optimum-quanto int8": Side(lambda model, data, folder: quanto(model, "int8")),
     "optimum-quanto int4": Side(lambda model, data, folder: quanto(model, "int4")),
-    "bitsandbytes NF4": Side(lambda model, data, folder: bitsandbytes(model)),
+    "bitsandbytes NF4": Side(lambda model, data, folder: bitsandbytes(model, torch.float32)),
+    "bitsandbytes NF4, bfloat16": Side(lambda model, data, folder: bitsandbytes(model, torch.bfloat16)),
     "HQQ, 4 bits": Side(lambda model, data, folder: hqq(model)),
     "torchao int8": Side(lambda model, data, folder: torchao(model)),
     f"AutoRound, 4 bits, {AUTO_ROUND_STEPS} steps": Side(auto_round),

@@ -49,7 +49,8 @@ from hf_sqf.runtime.sqf_modules import SQFModule, compress_module, weights_of
 
 KEPT = Path(__file__).parent / "results"
 TOKENS = 64
-BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 15, 16, 17, 19, 24, 32, 35, 48, 53, 64, 84, 128, 256, 273, 305, 512)
+"""Rows of inputs: powers of two, and such as leave some over beside whole vectors."""
 SHAPES = ((4096, 4096), (576, 576), (192, 576), (1536, 576), (576, 1536))
 """A large layer, and those of a small model."""
 BEYOND_CACHES = 64 << 20
@@ -190,8 +191,11 @@ print(json.dumps({"held": held() - before, "load": loaded, "ran": ran, "bytes": 
 """
 
 
-def memory(dense: Path, small: Path, repeats: int = 3) -> list[dict[str, Any]]:
-    """Measure what fresh processes hold, and how long they load."""
+def memory(dense: Path, small: Path, repeats: int = 7) -> list[dict[str, Any]]:
+    """Measure what fresh processes hold, and how long they load.
+
+    What a process holds beside its weights differs by some megabytes from one to the next: hence medians of several.
+    """
     coverage = json.loads((small / "config.json").read_text())["quantization_config"]["coverage"]
     sides = {"dense": (dense, "none"), **{name: (small, name) for name in ("int8", "int4", "stream")}}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
