@@ -95,10 +95,7 @@ def test_weights_are_fitted_to_the_inputs_they_get():
                 (weight,), (metric,) = sequence.problem(target)
                 torch.testing.assert_close(metric.H, H, rtol=1e-4, atol=1e-6)
                 W = target.matrices()[0]
-                if stage.joins:
-                    lack = weights * (sums - sums_of(replaced, batches[1:], name))
-                else:
-                    lack = (x - seen) @ W.T
+                lack = weights * (sums - sums_of(replaced, batches[1:], name)) if stage.joins else (x - seen) @ W.T
                 whole = (1 - a) * lack.T.double() @ seen.double() / len(seen) @ torch.linalg.inv(H.double())
                 torch.testing.assert_close(weight.double(), W + SHARE * whole, rtol=1e-3, atol=1e-3)
             sequence.leave(stage.targets, packed)
