@@ -10,13 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .sqf_jit import jit
+from .sqf_jit import carray, jit
 from .sqf_vectors import INT4, INT16, LANES, address_as, unpack
-
-try:
-    from numba import carray
-except ImportError:  # nothing here is called then
-    carray = None  # type: ignore[assignment]
 
 REVISION = 25
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+__all__ = ["HAVE_NUMBA", "carray", "cfunc", "jit", "types"]
+
 try:
     import numba
+    from numba import carray, cfunc, types
 except ImportError:
     HAVE_NUMBA = False
+    carray = cfunc = types = None  # type: ignore[assignment]  # what uses them is not called then
 else:
     HAVE_NUMBA = True
 

@@ -89,7 +89,7 @@ from .sqf_calls import (
     to_bfloat16,
     widen,
 )
-from .sqf_jit import HAVE_NUMBA, jit
+from .sqf_jit import HAVE_NUMBA, carray, cfunc, jit, types
 from .sqf_panels import columns_at_a_time, multiply_panels, scratch_bytes
 from .sqf_tiles import byte_tile, float_tile
 from .sqf_vectors import (
@@ -111,11 +111,6 @@ from .sqf_vectors import (
     parallel,
     rank,
 )
-
-try:
-    from numba import carray, cfunc, types
-except ImportError:  # nothing here is called then
-    carray = cfunc = types = None  # type: ignore[assignment]
 
 REVISION = 25
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""

@@ -49,14 +49,9 @@ from .sqf_calls import (
     to_bfloat16,
     widen,
 )
-from .sqf_jit import jit
+from .sqf_jit import carray, jit
 from .sqf_tiles import panel_tile, transpose, transpose_columns, transpose_rows
 from .sqf_vectors import INT4, INT8, LANES, NONE, PANEL, WIDE
-
-try:
-    from numba import carray
-except ImportError:  # nothing here is called then
-    carray = None  # type: ignore[assignment]
 
 REVISION = 25
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
