@@ -54,7 +54,7 @@ SHARE = 0.5
 """Of the step to W*: half did best among none, 0.3, 0.5, 0.75 and all on the first blocks of SmolLM2-135M, on text of
 the calibration's kind and on other text; the whole step does harm."""
 _DRIFT, _LACK = ":drift", ":lack"  # moments of what inputs and sums lack
-_LEAST_POWER = 1e-12
+_LEAST_POWER = 1e-3  # of a token, relative to the median
 _ADDING = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
 
 
@@ -316,8 +316,12 @@ class Additions(TorchFunctionMode):
 
 
 def relative_weights(states: Tensor) -> Tensor:
-    """Return how much each token counts where errors are relative to its power, (N, 1) of mean 1, for states (N, m)."""
-    weights = states.square().mean(1, keepdim=True).clamp_min_(_LEAST_POWER).reciprocal_()
+    """Return how much each token counts where errors are relative to its power, (N, 1) of mean 1, for states (N, m).
+
+    Powers far below the median count as more, lest states of next to nothing outweigh all others.
+    """
+    power = states.square().mean(1, keepdim=True)
+    weights = power.clamp_min_(max(_LEAST_POWER * float(power.median()), torch.finfo(power.dtype).tiny)).reciprocal_()
     return weights.div_(weights.mean())
 
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -109,7 +110,9 @@ def test_tokens_count_relative_to_their_power():
     weights = relative_weights(states)
     torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
     torch.testing.assert_close(weights[:, 0] * states.square().mean(1), weights[0].expand(3))
-    assert torch.isfinite(relative_weights(torch.zeros(2, 3))).all()
+    torch.testing.assert_close(relative_weights(torch.zeros(2, 3)), torch.ones(2, 1))
+    some = torch.cat([torch.zeros(1, 4), torch.ones(2000, 4)])
+    assert relative_weights(some)[0] / relative_weights(some)[1] == pytest.approx(1000.0)
 
 
 def test_sums_are_found_where_outputs_are_added_to_a_tensor_of_their_shape():
