@@ -196,14 +196,31 @@ def layer_ratios(file: str, numbers: int) -> list[tuple[float, str]]:
     return sorted((float(ratio), " ".join(point.split())) for point, ratio in rows)
 
 
-def test_layers_are_as_fast_as_the_text_says():
-    text = " ".join(README.read_text(encoding="utf-8").split())
-    assert "there 1.06 to 13 times as fast as dense ones with `auto`, at 23 numbers of rows" in text
-    found = layer_ratios("speed.txt", 23)
-    assert (found[0][0], round(found[-1][0])) == (1.06, 13)
-    assert "layers are 0.90 to 5.6 times as fast as dense ones, at 15 numbers of rows" in text
-    other = layer_ratios("speed_amx.txt", 15)
-    assert (other[0][0], round(other[-1][0], 1)) == (0.90, 5.6)
-    assert "layers are 0.94 to 10 times as fast as dense ones, at 23 numbers of rows" in text
-    third = layer_ratios("speed_avx2.txt", 23)
-    assert (third[0][0], round(third[-1][0])) == (0.94, 10)
+@pytest.mark.parametrize(
+    ("says", "file", "numbers", "least", "most", "places"),
+    [
+        (
+            "there 1.06 to 13 times as fast as dense ones with `auto`, at 23 numbers of rows",
+            "speed.txt",
+            23,
+            1.06,
+            13,
+            0,
+        ),
+        (
+            "layers are 0.90 to 5.6 times as fast as dense ones, at 15 numbers of rows",
+            "speed_amx.txt",
+            15,
+            0.90,
+            5.6,
+            1,
+        ),
+        ("layers are 0.94 to 10 times as fast as dense ones, at 23 numbers of rows", "speed_avx2.txt", 23, 0.94, 10, 0),
+    ],
+)
+def test_layers_are_as_fast_as_the_text_says(
+    says: str, file: str, numbers: int, least: float, most: float, places: int
+):
+    assert says in " ".join(README.read_text(encoding="utf-8").split())
+    found = layer_ratios(file, numbers)
+    assert (found[0][0], round(found[-1][0], places)) == (least, most)
