@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from .sqf_jit import carray, jit
-from .sqf_vectors import INT4, INT16, LANES, address_as, unpack
+from .sqf_vectors import INT4, INT16, LANES, LOOKUPS, address_as, lookup, unpack
 
-REVISION = 25
+REVISION = 26
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""
@@ -37,9 +37,10 @@ numbers threads, or 0."""
 MATRIX_FIELDS, CALL_FIELDS = 12, 24
 LINE = 64
 """Bytes of a line of the caches."""
-FLOATS, BYTES, DECODE, BY_LINES, BY_PANELS = range(5)
-"""Tasks of a call: products of floats, of bytes, decoding, and products with inputs side by side, of which each thread
-has some rows of codes or some panels of inputs."""
+FLOATS, BYTES, DECODE, ROUND_CODES, ROUND_INPUTS, BY_LINES, BY_PANELS = range(7)
+"""Tasks of a call: products of floats, of bytes, decoding; rows of codes times their factors, and rows of inputs times
+the steps, each in bfloat16; and products with inputs side by side, of which each thread has some rows of codes or some
+panels of inputs."""
 
 at_int64 = address_as("int64")
 at_int32 = address_as("int32")
@@ -48,7 +49,7 @@ at_int8 = address_as("int8")
 at_uint16 = address_as("uint16")
 at_float32 = address_as("float32")
 at_float64 = address_as("float64")
-_unpack = unpack()
+_unpack, _lookup = unpack(), lookup()
 
 
 @jit
@@ -63,6 +64,18 @@ def to_bfloat16(bits: int) -> int:
     if (bits & 0x7FFFFFFF) > 0x7F800000:
         return 0x7FC0
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+
+
+@jit
+def round_row(line: Any, halves: Any) -> None:  # noqa: ANN401
+    """Fill halves (uint16, n) with the bfloat16 of line (float32, n or more).
+
+    NaNs must have nothing in their lower halves, as those from bfloat16: to heed others would take vectors away.
+    """
+    bits = line.view(np.uint32)
+    for k in range(len(halves)):
+        word = bits[k]
+        halves[k] = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
 
 
 @jit
@@ -130,6 +143,29 @@ def widen(kind: int, n: int, z: int, line: Any) -> None:  # noqa: ANN401
         narrow = carray(at_int8(z), n)
         for k in range(n):
             line[k] = np.float32(narrow[k])
+
+
+@jit
+def look_up(n: int, z: int, factor: int, one: Any, halves: Any) -> None:  # noqa: ANN401
+    """Fill halves (uint16, n) with the bfloat16 of the row of 4-bit codes at the address z, times the one at factor.
+
+    Takes LOOKUPS; one is room for a float32.
+    """
+    half = (n + 1) // 2
+    count = (n - half) // LOOKUPS
+    _lookup(z, 0, factor, 0, halves[half:].ctypes.data, count, halves.ctypes.data)
+    for k in range(count * LOOKUPS, half):
+        for place in range(k, n, half):
+            one[0] = code_at(n, z, place) * carray(at_float32(factor), 1)[0]
+            round_row(one, halves[place : place + 1])
+
+
+@jit
+def code_at(n: int, z: int, k: int) -> int:
+    """Return the code k of the row of 4-bit codes at the address z."""
+    half = (n + 1) // 2
+    pairs = carray(at_int8(z), half)
+    return _low(pairs[k]) if k < half else _high(pairs[k - half])
 
 
 @jit

@@ -33,7 +33,7 @@ _TILE = 1 << 21
 _BLOCK = 1 << 20  # codes that are put into storage at a time
 _COMPILED = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _BFLOAT16_ROWS = 32 if FEATURES.get("avx512bf16") or FEATURES.get("amx-bf16") else None
-"""Rows of a bfloat16 input from which torch's product with decoded rows is the faster one: where the processor
+"""Rows of a bfloat16 input from which torch's product with rows of codes is the faster one: where the processor
 multiplies bfloat16 itself, at twice the rate of float32."""
 
 
@@ -187,7 +187,7 @@ class Integers:
             y = self.multiply(x.float(), bias) if x.dtype == torch.float16 else None
             return None if y is None else y.to(x.dtype)
         if _BFLOAT16_ROWS is not None and batch >= _BFLOAT16_ROWS and x.dtype == torch.bfloat16:
-            return None
+            return self._in_bfloat16(compiled, x, bias)
         y = x.new_empty(*x.shape[:-1], m)  # sizes one by one: twice as soon as in a tuple
         at = 0 if bias is None else bias.data_ptr()
         given, result, threads = x.data_ptr(), y.data_ptr(), torch.get_num_threads()
@@ -202,6 +202,24 @@ class Integers:
         if few:
             compiled.multiply(self._address, given, result, at, few, dtype, threads)
         return y
+
+    def _in_bfloat16(self, compiled: Kernels, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what :meth:`multiply` does, by torch: (x . diag(steps)) . (diag(rows) . Z)^T, each factor in bfloat16.
+
+        Codes of 4 bits times their row's factor are but 15 numbers, which can be looked up; the entries of decoded
+        rows, times the steps as well, must each be computed.
+        """
+        m, n = self.shape
+        threads = torch.get_num_threads()
+        scaled = x.new_empty(x.numel() // n, n)
+        compiled.round_inputs(self._address, x.data_ptr(), len(scaled), scaled.data_ptr(), threads)
+
+        def rounded(first: int, last: int) -> Tensor:
+            rows = torch.empty((last - first, n), dtype=torch.bfloat16)
+            compiled.round_codes(self._address, first, last - first, rows.data_ptr(), threads)
+            return rows
+
+        return in_tiles(self.shape, rounded, scaled, bias).view(*x.shape[:-1], m)
 
     def decode(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Return the rows first..last of W, (last - first, n)."""

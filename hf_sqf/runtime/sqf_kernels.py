@@ -30,6 +30,7 @@ import numpy as np
 
 from .sqf_calls import (
     BATCH,
+    BFLOAT16,
     BIAS,
     BY_LINES,
     BY_PANELS,
@@ -61,6 +62,8 @@ from .sqf_calls import (
     PASSING,
     PLANE,
     RANK,
+    ROUND_CODES,
+    ROUND_INPUTS,
     ROWS,
     SCALED_STRIDE,
     SCALES,
@@ -81,9 +84,12 @@ from .sqf_calls import (
     at_int32,
     at_int64,
     at_uint16,
+    code_at,
     entry_bytes,
     in_lines,
+    look_up,
     padded,
+    round_row,
     row_bytes,
     scale_row,
     to_bfloat16,
@@ -100,6 +106,7 @@ from .sqf_vectors import (
     INT8,
     LANES,
     LARGEST_BYTE,
+    LOOKUPS,
     NONE,
     PANEL,
     TALL,
@@ -112,7 +119,7 @@ from .sqf_vectors import (
     rank,
 )
 
-REVISION = 25
+REVISION = 26
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 _LARGEST = 8290000.0
 """Of a fixed-point entry: its three signed digits to the base 256 stay within [-128, 127]."""
@@ -213,38 +220,78 @@ def _multiply_rows(address: int, first: int, last: int, passing: bool) -> None: 
 
 
 @jit
-def _decode_rows(address: int, first: int, last: int) -> None:  # noqa: C901 (a nest of loops)
+def _widen_row(matrix: Any, row: int, line: Any) -> None:  # noqa: ANN401
+    """Fill line (float32, n) with a row of codes."""
+    kind, n = matrix[KIND], matrix[N]
+    if kind == NONE:
+        line[:] = 0
+    else:
+        widen(kind, n, matrix[CODES] + row * row_bytes(kind, n), line)
+    if matrix[STARTS] != 0:
+        starts = carray(at_int32(matrix[STARTS]), matrix[M] + 1)
+        columns, values = carray(at_uint16(matrix[COLUMNS]), 1), carray(at_int16(matrix[VALUES]), 1)
+        for e in range(starts[row], starts[row + 1]):
+            line[columns[e]] += np.float32(values[e])
+
+
+@jit
+def _decode_rows(address: int, first: int, last: int) -> None:
     """Fill the rows first..last of y with rows of the matrix."""
     call = carray(at_int64(address), CALL_FIELDS)
     matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
-    kind, m, n = matrix[KIND], matrix[M], matrix[N]
-    steps, rows = carray(at_float32(matrix[STEPS]), n), carray(at_float32(matrix[ROWS]), m)
-    starts, columns = carray(at_int32(matrix[STARTS]), m + 1), carray(at_uint16(matrix[COLUMNS]), 1)
-    values, ids = carray(at_int16(matrix[VALUES]), 1), carray(at_int64(call[IDS]), 1)
-    stride = row_bytes(kind, n)
+    n, ids = matrix[N], carray(at_int64(call[IDS]), 1)
+    steps, rows = carray(at_float32(matrix[STEPS]), n), carray(at_float32(matrix[ROWS]), matrix[M])
     line = np.zeros(n, np.float32)
-    bits = line.view(np.uint32)
     for i in range(first, last):
         row = ids[i] if call[IDS] != 0 else call[FIRST_ROW] + i
-        if kind == NONE:
-            line[:] = 0
-        else:
-            widen(kind, n, matrix[CODES] + row * stride, line)
-        if matrix[STARTS] != 0:
-            for e in range(starts[row], starts[row + 1]):
-                line[columns[e]] += np.float32(values[e])
+        _widen_row(matrix, row, line)
         scale = rows[row]
         if call[DTYPE] == FLOAT32:
             whole = carray(at_float32(call[OUTPUT] + 4 * i * n), n)
             for k in range(n):
                 whole[k] = line[k] * steps[k] * scale
         else:
-            short = carray(at_uint16(call[OUTPUT] + 2 * i * n), n)
             for k in range(n):
                 line[k] = line[k] * steps[k] * scale
-            for k in range(n):  # to_bfloat16 would heed NaNs, of which codes and scales make none
-                word = bits[k]
-                short[k] = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            round_row(line, carray(at_uint16(call[OUTPUT] + 2 * i * n), n))
+
+
+@jit
+def _round_codes(address: int, first: int, last: int) -> None:
+    """Fill the rows first..last of y, bfloat16, with rows of codes times their factors."""
+    call = carray(at_int64(address), CALL_FIELDS)
+    matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
+    m, n = matrix[M], matrix[N]
+    rows, starts = carray(at_float32(matrix[ROWS]), m), carray(at_int32(matrix[STARTS]), m + 1)
+    columns, values = carray(at_uint16(matrix[COLUMNS]), 1), carray(at_int16(matrix[VALUES]), 1)
+    line, one = np.zeros(n, np.float32), np.zeros(1, np.float32)
+    for i in range(first, last):
+        row = call[FIRST_ROW] + i
+        halves = carray(at_uint16(call[OUTPUT] + 2 * i * n), n)
+        if matrix[KIND] != INT4 or LOOKUPS == 0:
+            _widen_row(matrix, row, line)
+            for k in range(n):
+                line[k] *= rows[row]
+            round_row(line, halves)
+            continue
+        z = matrix[CODES] + row * row_bytes(INT4, n)
+        look_up(n, z, matrix[ROWS] + 4 * row, one, halves)
+        if matrix[STARTS] != 0:
+            for e in range(starts[row], starts[row + 1]):
+                one[0] = (code_at(n, z, columns[e]) + values[e]) * rows[row]
+                round_row(one, halves[columns[e] : columns[e] + 1])
+
+
+@jit
+def _round_inputs(address: int, first: int, last: int) -> None:
+    """Fill the rows first..last of y, bfloat16, with rows of x times the steps."""
+    call = carray(at_int64(address), CALL_FIELDS)
+    matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
+    n = matrix[N]
+    steps, line = carray(at_float32(matrix[STEPS]), n), np.zeros(n, np.float32)
+    for i in range(first, last):
+        scale_row(call[INPUT] + 2 * i * n, BFLOAT16, n, steps, line)
+        round_row(line, carray(at_uint16(call[OUTPUT] + 2 * i * n), n))
 
 
 @jit
@@ -260,6 +307,10 @@ def _take_chunks(address: int) -> None:
         last = min(first + call[CHUNK], call[LAST])
         if call[TASK] == DECODE:
             _decode_rows(address, first, last)
+        elif call[TASK] == ROUND_CODES:
+            _round_codes(address, first, last)
+        elif call[TASK] == ROUND_INPUTS:
+            _round_inputs(address, first, last)
         elif call[TASK] in (BY_LINES, BY_PANELS):
             multiply_panels(address, first, last, scratch)
         else:
@@ -410,10 +461,27 @@ def _multiply(  # noqa: C901 (what each kind of product needs)
 
 
 def _decode(descriptor: int, ids: int, first: int, count: int, y: int, dtype: int, threads: int) -> int:
-    matrix = carray(at_int64(descriptor), MATRIX_FIELDS)
     call = np.zeros(CALL_FIELDS, np.int64)
-    call[MATRIX], call[TASK], call[OUTPUT], call[DTYPE] = descriptor, DECODE, y, dtype
-    call[IDS], call[FIRST_ROW], call[LAST] = ids, first, count
+    call[TASK], call[DTYPE], call[IDS], call[FIRST_ROW] = DECODE, dtype, ids, first
+    return _fill(call, descriptor, count, y, threads)
+
+
+def _codes_rounded(descriptor: int, first: int, count: int, y: int, threads: int) -> int:
+    call = np.zeros(CALL_FIELDS, np.int64)
+    call[TASK], call[FIRST_ROW] = ROUND_CODES, first
+    return _fill(call, descriptor, count, y, threads)
+
+
+def _inputs_rounded(descriptor: int, x: int, count: int, y: int, threads: int) -> int:
+    call = np.zeros(CALL_FIELDS, np.int64)
+    call[TASK], call[INPUT] = ROUND_INPUTS, x
+    return _fill(call, descriptor, count, y, threads)
+
+
+@jit
+def _fill(call: Any, descriptor: int, count: int, y: int, threads: int) -> int:  # noqa: ANN401
+    matrix = carray(at_int64(descriptor), MATRIX_FIELDS)
+    call[MATRIX], call[OUTPUT], call[LAST] = descriptor, y, count
     _run(call, matrix, 1, threads)
     return call[NEXT]
 
@@ -433,6 +501,9 @@ class Kernels:
             bytes that it takes; else with 0.
         decode: ``(descriptor, ids, first, count, y, dtype, threads)``: y (count, n) = rows of W, with
             the int64 indices ``ids``, or from ``first`` on where that is 0.
+        round_codes: ``(descriptor, first, count, y, threads)``: y (count, n), bfloat16, = rows of codes from ``first``
+            on, times their factors.
+        round_inputs: ``(descriptor, x, count, y, threads)``: y = x times the steps, (count, n), bfloat16 both.
         gomp: address of the fork of torch's OpenMP pool; 0 where torch has another: one thread works then.
         rank: address of what answers with a thread's number in it, or 0.
         worker: what the threads run.
@@ -445,6 +516,7 @@ class Kernels:
         self._keep: list[Any] = [worker]
         self.multiply, self.multiply_many = self._entry(_multiply, 7), self._entry(_multiply_many, 9)
         self.decode = self._entry(_decode, 7)
+        self.round_codes, self.round_inputs = self._entry(_codes_rounded, 5), self._entry(_inputs_rounded, 5)
 
     def _entry(self, function: Callable[..., int], arguments: int) -> Callable[..., int]:
         compiled = cfunc(types.int64(*[types.int64] * arguments), cache=True)(function)

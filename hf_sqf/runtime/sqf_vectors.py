@@ -47,6 +47,8 @@ AHEAD = 9216
 short rows are no stream that the processor would see coming. Measured on matrices of 576 columns."""
 BYTE_PRODUCTS = 64 if FEATURES.get("avx512vnni") and FEATURES.get("avx512bw") else 32 if FEATURES.get("avx2") else 0
 """Bytes that the processor multiplies at a time in :func:`byte_dots`; 0: it cannot."""
+LOOKUPS = 32 if FEATURES.get("avx2") else 0
+"""Bytes that the processor looks up in a table at a time in :func:`lookup`; 0: it cannot."""
 LARGEST_BYTE = 127 if BYTE_PRODUCTS == 64 else 31
 """Codes in a byte each that :func:`byte_dots` multiplies lie in [-LARGEST_BYTE, LARGEST_BYTE]: AVX2 adds up products
 in 16 bits, and four of a code of 6 bits, made unsigned, with a signed byte fit."""
@@ -272,6 +274,55 @@ def unpack() -> Any:  # noqa: ANN401
     return _dots(emit)
 
 
+def lookup() -> Any:  # noqa: ANN401
+    """Return what widens ``count`` times LOOKUPS bytes ``16 h + l`` at ``z`` to bfloat16, times the float at ``x``.
+
+    The products of l lie at ``out``, those of h at ``plane``. There are 16 of either, so each byte is looked up, once
+    for each byte of its product. Without :data:`LOOKUPS` it is empty: see :func:`byte_dots`.
+    """
+    if not LOOKUPS:
+        return _dots(lambda builder, *args: None)
+
+    def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
+        word, octets = ir.IntType(64), ir.VectorType(ir.IntType(8), LOOKUPS)
+        mask = ir.VectorType(ir.IntType(32), LOOKUPS)
+        find = _instruction(builder, "llvm.x86.avx2.pshuf.b", octets, [octets, octets])
+        eight, four, fifteen = (ir.Constant(octets, [value] * LOOKUPS) for value in (8, 4, 15))
+        twice = ir.Constant(mask, 2 * list(range(16)))  # a table for each half of a vector
+        tables = [builder.shuffle_vector(table, table, twice) for table in _tables(builder, x)]
+        with cgutils.for_range(builder, count) as loop:
+            first = builder.mul(loop.index, word(LOOKUPS))
+            both = _load(builder, octets, builder.add(z, first))
+            low, high = builder.and_(both, fifteen), builder.lshr(builder.add(both, eight), four)
+            for codes, place in ((low, out), (high, plane)):
+                lower, upper = (builder.call(find, [table, codes]) for table in tables)
+                for start in (0, LOOKUPS // 2):
+                    lanes = [k + part for k in range(start, start + LOOKUPS // 2) for part in (0, LOOKUPS)]
+                    products = builder.shuffle_vector(lower, upper, ir.Constant(mask, lanes))
+                    at = builder.add(place, builder.add(builder.mul(first, word(2)), word(2 * start)))
+                    builder.store(products, builder.inttoptr(at, octets.as_pointer())).align = 2
+
+    return _dots(emit)
+
+
+def _tables(builder: Any, address: Any) -> list[Any]:  # noqa: ANN401
+    """Return the lower and the upper bytes of the bfloat16 products of the float at an address.
+
+    They are those with the codes 0 to 7 and -8 to -1: in the order of their four bits.
+    """
+    floats, integers = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(32), 16)
+
+    def every(value: int) -> Any:  # noqa: ANN401
+        return ir.Constant(integers, [value] * 16)
+
+    codes = ir.Constant(floats, [float(code) for code in (*range(8), *range(-8, 0))])
+    bits = builder.bitcast(builder.fmul(codes, _every(builder, address, 16)), integers)
+    odd = builder.and_(builder.lshr(bits, every(16)), every(1))
+    rounded = builder.add(bits, builder.add(odd, every(0x7FFF)))  # to nearest even; there are no NaNs
+    octets = ir.VectorType(ir.IntType(8), 16)
+    return [builder.trunc(builder.lshr(rounded, every(shift)), octets) for shift in (16, 24)]
+
+
 def side_by_side(scaled: str = "") -> Any:  # noqa: ANN401
     """Return what fills ``out``, float32 (count x LANES, LANES), with LANES rows of floats at ``z``, transposed.
 
@@ -312,13 +363,13 @@ def side_by_side(scaled: str = "") -> Any:  # noqa: ANN401
     return _dots(emit)
 
 
-def _every(builder: Any, address: Any) -> Any:  # noqa: ANN401
+def _every(builder: Any, address: Any, lanes: int = LANES) -> Any:  # noqa: ANN401
     """Return a vector of the float at an address, in every lane."""
-    single, mask = ir.FloatType(), ir.VectorType(ir.IntType(32), LANES)
-    unknown = ir.Constant(ir.VectorType(single, LANES), ir.Undefined)
+    single, mask = ir.FloatType(), ir.VectorType(ir.IntType(32), lanes)
+    unknown = ir.Constant(ir.VectorType(single, lanes), ir.Undefined)
     value = builder.load(builder.inttoptr(address, single.as_pointer()))
     lane = builder.insert_element(unknown, value, ir.IntType(32)(0))
-    return builder.shuffle_vector(lane, unknown, ir.Constant(mask, [0] * LANES))
+    return builder.shuffle_vector(lane, unknown, ir.Constant(mask, [0] * lanes))
 
 
 def panel_dots(rows: int, vectors: int) -> Any:  # noqa: ANN401

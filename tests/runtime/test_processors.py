@@ -9,6 +9,7 @@ import pytest
 
 CHILD = """
 import torch
+from hf_sqf.runtime import sqf_integers
 from hf_sqf.runtime.sqf_factors import Factors, Term
 from hf_sqf.runtime.sqf_resident import lay_out, resident_matrices
 from hf_sqf.runtime.sqf_vectors import BYTE_PRODUCTS, LANES
@@ -22,6 +23,9 @@ for runtime in ("int4", "int8"):
     for batch in (1, 3, 8, 20):
         x = torch.randn(batch, 130, generator=g)
         torch.testing.assert_close(matrix.multiply(x), x @ factors.dense().T, rtol=0.0, atol=1e-3)
+    sqf_integers._BFLOAT16_ROWS = 20
+    x = x.bfloat16()
+    torch.testing.assert_close(matrix.multiply(x), x @ factors.dense().bfloat16().T)
 print(LANES, BYTE_PRODUCTS)
 """
 

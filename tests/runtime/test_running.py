@@ -112,15 +112,49 @@ def test_dtypes(structure, dtype, compiled):
 
 @pytest.mark.skipif(not sqf_integers.HAVE_NUMBA, reason="no compiled kernels to choose against")
 @pytest.mark.parametrize("fast", [True, False])
-def test_many_bfloat16_rows_meet_decoded_ones_where_the_processor_multiplies_bfloat16(fast, monkeypatch):
+def test_many_bfloat16_rows_are_for_torch_where_the_processor_multiplies_bfloat16(fast, monkeypatch):
     monkeypatch.setattr(sqf_integers, "_BFLOAT16_ROWS", 32 if fast else None)
-    (matrix,) = resident_matrices(lay_out([make("grid", (257, 320))], "int8"))
-    many, bias = torch.randn(32, 320), torch.randn(257)
-    assert (matrix.direct(many.bfloat16()) is None) == fast
-    assert matrix.direct(many.bfloat16()[:31]) is not None
-    assert matrix.direct(many) is not None
-    expected = many.bfloat16().double() @ matrix.decode(0, 257, torch.float32).double().T + bias
-    assert relative(matrix.multiply(many.bfloat16(), bias), expected) < 6e-3
+    shapes: list[tuple[int, ...]] = []
+    product = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda b, x, w: shapes.append(tuple(x.shape)) or product(b, x, w))
+    (matrix,) = resident_matrices(lay_out([make("grid", (257, 320))], "int4"))
+    many, bias = torch.randn(2, 16, 320), torch.randn(257)
+    weight = matrix.decode(0, 257, torch.float32).double()
+    for x in (many.bfloat16(), many.bfloat16()[:, :15], many):
+        y = matrix.multiply(x.contiguous(), bias)
+        assert y.shape == (*x.shape[:-1], 257) and y.dtype == x.dtype
+        assert relative(y, x.double() @ weight.T + bias) < 6e-3
+    assert shapes == ([(32, 320)] if fast else [])
+
+
+@pytest.mark.skipif(not sqf_integers.HAVE_NUMBA, reason="compiled kernels")
+@pytest.mark.parametrize("kind", [NONE, INT4, INT6, INT8, INT16])
+@pytest.mark.parametrize("n", [1, 2, 15, 63, 64, 65, 127, 200, 1201])
+def test_products_in_bfloat16_are_those_of_scaled_inputs_and_scaled_codes(kind, n, monkeypatch):
+    """Each rounded to nearest once, as torch does, codes beyond the storage's range too; nothing bad is lost."""
+    monkeypatch.setattr(sqf_integers, "_BFLOAT16_ROWS", 1)
+    codes = integers(torch.Generator().manual_seed(n), (301, n), 3.0, 3000)
+    codes[0, 0] = codes[300, n - 1] = 2999
+    matrix = Integers((301, n), kind, store(codes, kind), torch.rand(n) + 0.5, torch.rand(301) - 0.5)
+    x = torch.randn(300, n).bfloat16()
+    x[1, 0], x[2, n - 1] = math.inf, math.nan
+    inputs, rounded = (x * matrix.steps).bfloat16(), (codes * matrix.rows[:, None]).bfloat16()
+    expected = torch.mm(inputs, rounded.T)
+    assert not expected[1:3].isfinite().any()
+    threads = torch.get_num_threads()
+    try:
+        for count in (threads, 1, 5):
+            torch.set_num_threads(count)
+            scaled, weight = torch.empty_like(x), torch.empty((301, n), dtype=torch.bfloat16)
+            kernels = sqf_kernels.kernels()
+            kernels.round_inputs(matrix._address, x.data_ptr(), len(x), scaled.data_ptr(), count)
+            kernels.round_codes(matrix._address, 7, 294, weight[7:].data_ptr(), count)
+            kernels.round_codes(matrix._address, 0, 7, weight.data_ptr(), count)
+            torch.testing.assert_close(scaled, inputs, rtol=0.0, atol=0.0, equal_nan=True)
+            assert torch.equal(weight, rounded)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(matrix.multiply(x), expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", ["int4", "int8"])
