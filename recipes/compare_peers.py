@@ -15,7 +15,7 @@ original's predictions, in nats per token, on ``--text``. Sides that calibrate d
 of 512 tokens. Then decoding is timed, greedy, in one process: sides take turns within a repetition, speeds are medians,
 and ratios are medians of the ratios within a repetition; what is not packed is as fast as dense and takes no part. A
 side that does not run, or takes more than ``--minutes``, is listed with its error. Writes ``results/peers.txt`` and
-``results/peers.json``, which ``size_quality.py`` plots.
+``results/peers.json``, which ``size_quality.py`` plots, or files of another name (``--name``, for another machine).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from calibrated_lm import Divergence, block_linears, cut, gptq, input_moments, round_to_nearest
 from memory import Memory, in_child
-from speed import generate, ratios, table, take_turns
+from speed import generate, processor, ratios, table, take_turns
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -309,14 +309,14 @@ def measured(args: argparse.Namespace) -> str:
 
 
 def this_run(sides: list[str]) -> dict[str, Any]:
-    """Return when sides were measured, and with which versions."""
+    """Return when sides were measured, on what, and with which versions."""
     installed = {}
     for package in PACKAGES:
         try:
             installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {"date": str(date.today()), "versions": installed, "sides": sides}
+    return {"date": str(date.today()), "processor": processor(), "versions": installed, "sides": sides}
 
 
 def joined(before: Record | None, now: Record) -> Record:
@@ -344,7 +344,8 @@ def as_text(record: Record) -> str:
     for run in record["runs"]:
         versions = ", ".join(f"{package} {number}" for package, number in run["versions"].items())
         which = "" if len(record["runs"]) == 1 else f" ({'; '.join(run['sides'])})"
-        lines.append(f"{run['date']}: {'the same' if versions == before else versions}{which}")
+        on = f", {run['processor']}" if "processor" in run else ""
+        lines.append(f"{run['date']}{on}: {'the same' if versions == before else versions}{which}")
         before = versions
     lines += [table("", [{name: row.get(name, "") for name in heads} for row in record["rows"]])]
     return "\n".join(lines + [f"{name}: did not run: {error}" for name, error in record["failed"].items()]) + "\n"
@@ -361,12 +362,13 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE")
     parser.add_argument("--without", nargs="+", choices=SIDES, default=[], metavar="SIDE", help="leave these out")
     parser.add_argument("--add", action="store_true", help="to what is kept, in place of the same sides there")
+    parser.add_argument("--name", default="peers", help="of the results: another one for another machine's")
     parser.add_argument("--minutes", type=float, default=60.0, help="that a side may take to make its model")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[32, 8], help="to generate, for each batch")
     args = parser.parse_args()
     sides = [name for name in SIDES if name == BASE or (name in args.sides and name not in args.without)]
-    before = json.loads((KEPT / "peers.json").read_text("utf-8")) if args.add else None
+    before = json.loads((KEPT / f"{args.name}.json").read_text("utf-8")) if args.add else None
     if before is not None and before.get("measured") != measured(args):
         parser.error(f"--add takes what was measured alike: {before.get('measured')}, now {measured(args)}")
     logging.set_verbosity_error()
@@ -400,8 +402,8 @@ def main() -> None:
     record = joined(before, {"measured": measured(args), "runs": [this_run(sides)], "rows": rows, "failed": failed})
     print(as_text(record))
     KEPT.mkdir(exist_ok=True)
-    (KEPT / "peers.txt").write_text(as_text(record), encoding="utf-8")
-    (KEPT / "peers.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (KEPT / f"{args.name}.txt").write_text(as_text(record), encoding="utf-8")
+    (KEPT / f"{args.name}.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the README shows a reader to type, run as it stands there."""
 
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -153,6 +154,7 @@ FIGURES = [  # what a sentence says -> the file that is kept, and what stands th
     ),
     ("with `stream` 1.01 times the file", "speed.txt", r"running at 3(.*\n)*? *stream .* 0\.38 +1\.01 "),
     ("Loading takes 1.1 to 1.2 times", "speed.txt", r"running at 3(.*\n)*? *int8 .* 1\.08 .*\n.* 1\.18 .*\n.* 1\.21 "),
+    ("and four tokens together take 2.8 times", "speed.txt", r"running at 3(.*\n)*? *int4 .* 2\.80\n"),
     (
         "(1.64 times dense float32, where a model of hf_sqf is 1.46 in bfloat16)",
         "peers.txt",
@@ -163,7 +165,6 @@ FIGURES = [  # what a sentence says -> the file that is kept, and what stands th
         "peers.txt",
         r"all weights, bfloat16 .* 3\.10 (.*\n)*? *bitsandbytes NF4, bfloat16 .* 1\.75 ",
     ),
-    ("and four tokens together take 2.8 times", "speed.txt", r"running at 3(.*\n)*? *int4 .* 2\.80\n"),
     (
         "from a KL divergence of 0.268 to 0.232 in 150 steps of 1,024 tokens",
         "distill_lm_light.json",
@@ -184,6 +185,16 @@ FIGURES = [  # what a sentence says -> the file that is kept, and what stands th
 def test_figures_in_sentences_are_kept(says: str, file: str, stands: str):
     assert says in " ".join(README.read_text(encoding="utf-8").split()), "say it anew here, too"
     assert re.search(stands, (KEPT / file).read_text(encoding="utf-8")), f"{file} was measured again"
+
+
+def test_peers_are_slower_where_the_text_says_so():
+    assert "With AVX2 alone every one of them is slower than hf_sqf at both (" in README.read_text(encoding="utf-8")
+    rows = json.loads((KEPT / "peers_avx2.json").read_text(encoding="utf-8"))["rows"]
+    speeds = {row["side"]: (row["tokens/s at 1"], row["tokens/s at 64"]) for row in rows if "dense" not in row["side"]}
+    ours = [speeds.pop(side) for side in list(speeds) if side.startswith("hf_sqf")]
+    assert len(ours) == 3 and len(speeds) == 6
+    for slowest, *others in zip(map(min, zip(*ours, strict=True)), *speeds.values(), strict=True):
+        assert slowest > max(others)
 
 
 def layer_ratios(file: str, numbers: int) -> list[tuple[float, str]]:
