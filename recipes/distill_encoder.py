@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     add_training(parser)
-    parser.set_defaults(bits=2.0, samples=384, steps=200, minutes=30.0, batch=32, every=20)
+    parser.set_defaults(bits=2.0, structure="auto", samples=384, steps=200, minutes=30.0, batch=32, every=20)
     return parser.parse_args()
 
 

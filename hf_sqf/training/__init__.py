@@ -4,11 +4,11 @@ What there is to be trained, and what must hold after every step::
 
     W^ = sum_t  diag(rows) Z diag(steps) D        Z, D: integers in their sets, Z at no more bits than it had
 
-Parameters of the optimizer are logarithms of the scales and, unless training is *light*, floats ("latents") that codes
-and dictionary are projected from, ``Z = P(latent)``. The forward uses the projected factors, scales on the grid of the
-file included, so that what is trained is what is saved; gradients go straight through the projections. This is the
-projected gradient method of the solvers, ``Z <- P_Z(Z - eta dL/dZ)`` (Kuzmin et al., arXiv 2207.11048), with the loss
-of the whole model in place of the weight's distance, and an optimizer's step in place of eta.
+Parameters of the optimizer are logarithms of the scales, and floats ("latents") that the dictionary and, unless
+training is *light*, the codes are projected from, ``Z = P(latent)``. The forward uses the projected factors, scales on
+the grid of the file included, so that what is trained is what is saved; gradients go straight through the projections.
+This is the projected gradient method of the solvers, ``Z <- P_Z(Z - eta dL/dZ)`` (Kuzmin et al., arXiv 2207.11048),
+with the loss of the whole model in place of the weight's distance, and an optimizer's step in place of eta.
 
 =================  ============================================================================================
 ``terms``          :class:`~.terms.TrainedTerm`: a term in its sets, with the parameters beside it
@@ -44,6 +44,6 @@ trained meanwhile (scales, norms) is trained for them. The alternative, free int
 Viterbi's algorithm at the end, was not chosen: free codes cost more, so that the last pass would undo what training
 did, with no step left to make up for it (``recipes/projections.py`` compares them).
 
-*Light* training needs no gradient of a whole weight: with y = ((x . steps) Z^T) . rows, a step's gradient is a sum over
-tokens of x dL/dx, and a row's one of y dL/dy. It takes two products a layer instead of three.
+*Light* training of a ``grid`` needs no gradient of a whole weight: with y = ((x . steps) Z^T) . rows, a step's
+gradient is a sum over tokens of x dL/dx, and a row's one of y dL/dy. It takes two products a layer instead of three.
 """

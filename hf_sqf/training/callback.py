@@ -52,11 +52,11 @@ class SQFCallback(TrainerCallback):
     ``callbacks=[SQFCallback(), TensorBoardCallback()]`` with ``report_to="none"``.
 
     Args:
-        mode: ``"light"`` trains scales alone: codes and dictionaries stay. ``"latent"`` trains codes and dictionaries,
-            too: floats from which the codes are projected after each step. ``"hard"`` does so with the parameters
+        mode: ``"light"`` trains scales and dictionaries: codes stay. ``"latent"`` trains codes, too: floats from which
+            the codes are projected after each step, as dictionaries are. ``"hard"`` does so with the parameters
             themselves, and adds what the projection took from them at the next step.
         train: which weights: ``"all"``, with all that is not compressed (norms, biases, new heads) but embeddings;
-            ``"light"``, the same with scales alone; or a regular expression, searched for in the names of weights and
+            ``"light"``, the same without codes; or a regular expression, searched for in the names of weights and
             of other parameters: what it does not match stays as it is.
         resolution: least divisions of an octave in trained scales. The solvers have 16; finer scales take some bytes.
         code_rate: how far codes move while the logarithm of a scale moves 1: the ratio of their learning rates. Adam

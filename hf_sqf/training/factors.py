@@ -121,8 +121,11 @@ class TrainedWeight:
 
     def pick(self, ids: Tensor) -> Tensor:
         """Return the rows ``ids`` (k,), float32 (k, n), with gradients."""
-        grid = self._grid()
-        return self.matrix(0)[ids] if grid is None else grid.pick(ids)
+        m, n = self.shapes[0]
+        by_row = all(not t.term.one_hot and t.term.codes.shape[0] == m for t in self.terms[0])  # and not block by block
+        if not by_row:
+            return self.matrix(0)[ids]
+        return torch.stack([term.pick(ids)[:, :n] for term in self.terms[0]]).sum(0)
 
     def to(self, device: torch.device) -> None:
         """Move all that is no parameter."""

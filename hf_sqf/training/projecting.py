@@ -13,7 +13,8 @@ trellis    the path of least ``|v - u|^2 + s bits(u)``, by Viterbi's algorithm
 The strength follows the rate from step to step, a little stronger where codes cost more than they may, a little weaker
 where they cost less, so that hardly a code flips because of it. Integers project to themselves at any strength. A
 dictionary that has become too dear waits; and where no strength that is tried meets the limit, codes stay what they
-were, which met it. So the limit holds after every step, whatever the gradients do.
+were, which met it. So the limit holds after every step, whatever the gradients do. Where the dictionary alone is
+trained, it is rounded, and has a limit of its own.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from ..runtime.sqf_factors import Term
 
 MOST = 0.95
 """Largest strength."""
+DEARER = 0.002
+"""Share of its bits that a term may take more where the dictionary alone is trained, as trained scales do."""
+_WAYS = (1.0, 0.5, 0.25)  # towards a dictionary that may be too dear
 _TRIALS = 5  # strengths that are tried in a step
 _AIM = 0.998  # of the bits allowed: what the strength is to bring them to, from either side
 _SMALL, _LARGE = 0.005, 0.1  # changes of the strength at a time
@@ -49,7 +53,12 @@ def coded_bits(term: Term) -> float:
         codes = index_bits(torch.bincount(term.codes.long(), minlength=term.atom_count))
     else:
         codes = ideal_bits(term.codes.cpu().numpy(), trellis=term.trellis)
-    return codes + (0.0 if term.atoms is None else ideal_bits(term.atoms.cpu().numpy()))
+    return codes + dictionary_bits(term)
+
+
+def dictionary_bits(term: Term) -> float:
+    """Return the bits of a term's dictionary."""
+    return 0.0 if term.atoms is None else ideal_bits(term.atoms.cpu().numpy())
 
 
 def support_of(structure: str, term: Term) -> Support:
@@ -74,6 +83,7 @@ class Limits:
 
     Attributes:
         bits: most bits of codes and dictionary together.
+        dictionary: most bits of a dictionary whose codes stay as they are.
         support: over what nonzeros are counted.
         nonzeros: most of them.
         strength: s at the next projection.
@@ -81,6 +91,7 @@ class Limits:
     """
 
     bits: float
+    dictionary: float
     support: Support
     nonzeros: int
     slope: float
@@ -90,7 +101,23 @@ class Limits:
     def of(cls, term: Term, structure: str) -> Limits:
         """Return the limits that a term just meets."""
         support, bits = support_of(structure, term), coded_bits(term)
-        return cls(bits, support, nonzeros_of(term, support), max(bits, 1.0))
+        dictionary = dictionary_bits(term) + DEARER * bits
+        return cls(bits, dictionary, support, nonzeros_of(term, support), max(bits, 1.0))
+
+    def with_dictionary(self, term: Term, atoms: Tensor) -> Term:
+        """Return the term with another dictionary, its codes as they are.
+
+        Args:
+            term: as it is.
+            atoms: what the dictionary is projected from, (K, d); where that costs too much, less than the whole way
+                there.
+        """
+        assert term.atoms is not None
+        for share in _WAYS:
+            found = replace(term, atoms=narrow(torch.lerp(term.atoms.float(), atoms, share).round_()))
+            if dictionary_bits(found) <= self.dictionary:
+                return found
+        return term
 
     def project(self, term: Term, latent: Tensor, atoms: Tensor | None) -> Term:
         """Return the term with codes (and dictionary) projected from their latents; updates the strength.

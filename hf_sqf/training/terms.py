@@ -50,7 +50,7 @@ class Options:
     """How factors are trained.
 
     Attributes:
-        codes: train codes and dictionary, too; else scales alone.
+        codes: train codes, too; else scales and dictionaries alone.
         hard: the parameters themselves are projected, and what that takes from them is added again at the next step.
         resolution: least divisions of an octave in trained scales.
         code_rate: how far codes go while the logarithm of a scale goes 1: in steps of the grid; where blocks are
@@ -135,8 +135,8 @@ class TrainedTerm:
             values["steps"] = logs_of(term.steps, term.step_resolution)
         if self.options.codes:
             values["codes"] = term.dictionary().float()[term.codes.long()] if term.one_hot else term.codes.float()
-            if term.atoms is not None:
-                values["atoms"] = term.atoms.float()
+        if term.atoms is not None:
+            values["atoms"] = term.atoms.float()
         return values
 
     def read(self, term: Term) -> None:
@@ -184,15 +184,18 @@ class TrainedTerm:
         if self.is_grid:
             whole: Tensor = Matrix.apply(latent, self.rows(), self.steps(), self.term.codes, self._unit("codes"))
             return whole
-        assert self.term.atoms is not None
-        atoms = Integers.apply(self.parameters.get("atoms"), self.term.atoms, self._unit("atoms"))
-        atoms = atoms * self.steps().expand(self.term.atom_count)[:, None]
         if self.term.one_hot:
             unit = self._unit("codes") * self.scale
-            blocks: Tensor = OneHot.apply(latent, atoms, self.term.codes.long(), unit)
+            blocks: Tensor = OneHot.apply(latent, self._dictionary(), self.term.codes.long(), unit)
         else:
-            blocks = Integers.apply(latent, self.term.codes, self._unit("codes")) @ atoms
+            blocks = Integers.apply(latent, self.term.codes, self._unit("codes")) @ self._dictionary()
         return blocks * self.rows()[:, None]
+
+    def _dictionary(self) -> Tensor:
+        """Atoms times their steps, float32 (K, d), with gradients."""
+        assert self.term.atoms is not None
+        atoms: Tensor = Integers.apply(self.parameters.get("atoms"), self.term.atoms, self._unit("atoms"))
+        return atoms * self.steps().expand(self.term.atom_count)[:, None]
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``x W^T`` of a grid, (..., n) to (..., m), in the dtype of x."""
@@ -201,25 +204,30 @@ class TrainedTerm:
         return y * self.rows().to(x.dtype)
 
     def pick(self, ids: Tensor) -> Tensor:
-        """Return the rows ``ids`` (k,) of a grid, float32 (k, n)."""
+        """Return the rows ``ids`` (k,) of a term without one-hot codes, float32 (k, d)."""
         codes = Rows.apply(self.parameters.get("codes"), ids, self.term.codes, self._unit("codes"))
         rows = self.rows()
-        return codes * self.steps() * (rows if rows.numel() == 1 else rows[ids][:, None])
+        picked = codes * self.steps() if self.is_grid else codes @ self._dictionary()
+        return picked * (rows if rows.numel() == 1 else rows[ids][:, None])
 
     # ------------------------------------------------------------------------------------------ after a step
 
     @torch.no_grad()
     def project(self, step: int) -> None:
         """Bring the term after its parameters: once after each optimizer step, of which ``step`` is the number."""
-        if "codes" not in self.parameters:
-            return
         moved = {}
         for name in _CODED:
             if name in self.parameters:
                 moved[name] = self.parameters[name] * self._units[name]
                 if self.options.hard:
                     moved[name] += self._left[name]
-        if not self.term.trellis or step % self.options.every == 0:
+        if "codes" not in moved:
+            if "atoms" in moved:
+                self.term = self.limits.with_dictionary(self.term, moved["atoms"])
+                value = self._values(self.term)["atoms"]  # where that is as far as it may go, latents wait at its edge
+                moved["atoms"] = moved["atoms"].clamp(value - 0.5, value + 0.5)
+                self.parameters["atoms"].copy_(moved["atoms"] / self._units["atoms"])
+        elif not self.term.trellis or step % self.options.every == 0:
             before, steps = self.term, self.options.every if self.term.trellis else 1
             latent = foremost(moved["codes"], self._values(before)["codes"], steps * self._share)
             self.term = self.limits.project(self._with_scales(), latent, moved.get("atoms"))
@@ -253,11 +261,12 @@ class TrainedTerm:
     def memory(self) -> Memory:
         """Return what the term does not tell of its parameters."""
         found: Memory = {}
+        coded = [name for name in _CODED if name in self.parameters]
         for name, parameter in self.parameters.items():
             found[parameter] = {"value": parameter.detach(), "unit": self._units[name]}
             if name in self._left:
                 found[parameter]["left"] = self._left[name]
-            if name == "codes":
+            if name in coded[:1]:
                 # Numbers, not tensors: an optimizer that loads its state casts tensors to the parameter's dtype.
                 found[parameter]["limits"] = {k: v for k, v in vars(self.limits).items() if k != "support"}
         return found
@@ -270,7 +279,7 @@ class TrainedTerm:
         self._units[name] = kept["unit"].cpu().reshape(())
         if "left" in kept:
             self._left[name] = kept["left"].to(parameter.device)
-        if name == "codes":
+        if "limits" in kept:
             self.limits = replace(self.limits, **kept["limits"])
 
     def to(self, device: torch.device) -> None:

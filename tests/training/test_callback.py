@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import hf_sqf
 from hf_sqf import SQFCallback, distillation_loss
+from hf_sqf.runtime.sqf_factors import Term
 from hf_sqf.runtime.sqf_modules import SUFFIX, SQFModule
 from hf_sqf.training.modules import TrainedModule
 from tests.conftest import build, inputs_for, outputs_of
@@ -22,9 +23,17 @@ def packed_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict().items() if name.endswith(SUFFIX)}
 
 
-def codes_of(model: torch.nn.Module) -> list[torch.Tensor]:
+def terms_of(model: torch.nn.Module) -> list[Term]:
     found = [m.factors(name) for m in model.modules() if isinstance(m, SQFModule) for name in m.held]
-    return [term.codes for factors in found for f in factors for term in f.terms]
+    return [term for factors in found for f in factors for term in f.terms]
+
+
+def codes_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [term.codes for term in terms_of(model)]
+
+
+def dictionaries_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [term.atoms for term in terms_of(model) if term.atoms is not None]
 
 
 CASES = [
@@ -32,7 +41,7 @@ CASES = [
     ("llama", {"trellis": 8}, ("latent",)),
     ("gpt2", {}, ("light",)),
     ("mixtral", {}, ("latent",)),
-    ("llama", {"structure": "vq"}, ("latent",)),
+    ("llama", {"structure": "vq"}, ("light", "latent")),
     ("llama", {"structure": "pgd"}, ()),
     ("llama", {"structure": "sparse_pca"}, ()),
     ("llama", {"structure": "svd+grid", "bits": 5.0}, ("hard",)),
@@ -58,7 +67,7 @@ def test_trains_and_leaves_a_compressed_model(
     mode: str, name: str, options: dict, trainer_for: MakeTrainer, tmp_path: Path
 ):
     model, teacher = compressed(name, **options), build(name)
-    before, codes = outputs_of(model), codes_of(model)
+    before, codes, dictionaries = outputs_of(model), codes_of(model), dictionaries_of(model)
     trainer = trainer_for(model, SQFCallback(mode, code_rate=100.0, every=2), teacher)
     torch.testing.assert_close(outputs_of(model.eval()), before)  # nothing changes until a step is made
     trainer.train()
@@ -67,6 +76,8 @@ def test_trains_and_leaves_a_compressed_model(
     assert after.isfinite().all() and not torch.equal(after, before)
     same = all(torch.equal(one, other) for one, other in zip(codes, codes_of(model), strict=True))
     assert same == (mode == "light")
+    moved = [not torch.equal(one, other) for one, other in zip(dictionaries, dictionaries_of(model), strict=True)]
+    assert any(moved) == bool(dictionaries)
     trainer.save_model(str(tmp_path / "saved"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(outputs_of(again), after)

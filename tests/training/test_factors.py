@@ -70,7 +70,7 @@ def test_gradients_are_those_of_the_product_written_out(structure: str, trellis:
 
 
 @pytest.mark.parametrize("codes", [False, True])
-@pytest.mark.parametrize("structure", ["grid", "vq", "svd+grid"])
+@pytest.mark.parametrize("structure", ["grid", "vq", "svd", "pgd", "svd+grid"])
 def test_products_and_rows_agree_with_the_matrix(structure: str, codes: bool):
     factors = factors_of(structure, 0)
     draw = torch.Generator().manual_seed(2)

@@ -1,6 +1,7 @@
 """Constraints hold exactly after every step, whatever the gradients are."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from hf_sqf.runtime.sqf_paths import codes_of_points
 from hf_sqf.runtime.sqf_trellis import machine
 from hf_sqf.training.callback import SQFCallback
 from hf_sqf.training.factors import TrainedWeight
-from hf_sqf.training.projecting import coded_bits, foremost
+from hf_sqf.training.projecting import DEARER, coded_bits, dictionary_bits, foremost
 from hf_sqf.training.terms import Options
 from tests.conftest import build
 from tests.training.conftest import compressed
@@ -37,8 +38,8 @@ def factors_of(structure: str, trellis: int, seed: int = 0) -> Factors:
     return solve(weight_of(seed), metric, 0.7, structure, seed=seed, trellis=trellis).factors
 
 
-def options(hard: bool = False) -> Options:
-    return Options(codes=True, hard=hard, resolution=32, code_rate=1.0, every=1, share=1.0)
+def options(hard: bool = False, codes: bool = True) -> Options:
+    return Options(codes=codes, hard=hard, resolution=32, code_rate=1.0, every=1, share=1.0)
 
 
 def check(weight: TrainedWeight, start: Factors) -> None:
@@ -111,6 +112,36 @@ def test_codes_follow_their_latents(structure: str, trellis: int):
     check(weight, start)
     assert sum(term.changed for term in weight.all_terms()) > 0
     assert float((weight.matrix(0).detach() - target).square().mean()) < first
+
+
+@pytest.mark.parametrize("structure", ["svd", "sparse_pca", "vq", "pgd", "svd+grid"])
+@pytest.mark.parametrize("hard", [False, True])
+def test_dictionaries_alone_follow_their_latents(structure: str, hard: bool):
+    """Gradient steps towards a matrix of the same codes lead there: codes stay, and dictionaries keep their limit."""
+    best, draw = factors_of(structure, 0), torch.Generator().manual_seed(5)
+    target = best.dense()
+    moved = [
+        t if t.atoms is None else replace(t, atoms=t.atoms + torch.randint(-3, 4, t.atoms.shape, generator=draw).char())
+        for t in best.terms
+    ]
+    start = replace(best, terms=tuple(moved))
+    weight = TrainedWeight("weight", [start], options(hard, codes=False))
+    atoms = [p for name, p in weight.parameters() if name.endswith("atoms")]
+    optimizer = torch.optim.Adam(atoms, lr=0.02)
+    errors = []
+    for step in range(1, 61):
+        optimizer.zero_grad()
+        error = (weight.matrix(0) - target).square().mean()
+        errors.append(float(error.detach()))
+        error.backward()
+        optimizer.step()
+        weight.project(step)
+        (now,) = weight.factors()
+        for term, first in zip(now.terms, start.terms, strict=True):
+            assert torch.equal(term.codes, first.codes)
+            assert dictionary_bits(term) <= dictionary_bits(first) + DEARER * coded_bits(first)
+        torch.testing.assert_close(weight.matrix(0), now.dense())
+    assert errors[-1] < 0.3 * errors[0]
 
 
 def test_those_that_went_furthest_go_first():

@@ -22,6 +22,7 @@ from tests.training.conftest import compressed
 MakeTrainer = Callable[..., Trainer]
 CASES = [
     pytest.param("light", {}, id="light"),
+    pytest.param("light", {"structure": "vq"}, id="dictionary"),
     pytest.param("latent", {}, id="latent"),
     pytest.param("latent", {"trellis": 8}, id="trellis"),
     pytest.param("latent", {"structure": "vq"}, id="vq", marks=pytest.mark.slow),
