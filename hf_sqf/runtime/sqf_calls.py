@@ -13,7 +13,7 @@ import numpy as np
 from .sqf_jit import carray, jit
 from .sqf_vectors import INT4, INT16, LANES, LOOKUPS, address_as, lookup, unpack
 
-REVISION = 26
+REVISION = 27
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""
@@ -146,17 +146,17 @@ def widen(kind: int, n: int, z: int, line: Any) -> None:  # noqa: ANN401
 
 
 @jit
-def look_up(n: int, z: int, factor: int, one: Any, halves: Any) -> None:  # noqa: ANN401
+def look_up_row(n: int, z: int, factor: int, one: Any, halves: Any) -> None:  # noqa: ANN401
     """Fill halves (uint16, n) with the bfloat16 of the row of 4-bit codes at the address z, times the one at factor.
 
     Takes LOOKUPS; one is room for a float32.
     """
-    half = (n + 1) // 2
+    half, scale = (n + 1) // 2, carray(at_float32(factor), 1)[0]
     count = (n - half) // LOOKUPS
     _lookup(z, 0, factor, 0, halves[half:].ctypes.data, count, halves.ctypes.data)
     for k in range(count * LOOKUPS, half):
         for place in range(k, n, half):
-            one[0] = code_at(n, z, place) * carray(at_float32(factor), 1)[0]
+            one[0] = code_at(n, z, place) * scale
             round_row(one, halves[place : place + 1])
 
 

@@ -87,7 +87,7 @@ from .sqf_calls import (
     code_at,
     entry_bytes,
     in_lines,
-    look_up,
+    look_up_row,
     padded,
     round_row,
     row_bytes,
@@ -119,7 +119,7 @@ from .sqf_vectors import (
     rank,
 )
 
-REVISION = 26
+REVISION = 27
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 _LARGEST = 8290000.0
 """Of a fixed-point entry: its three signed digits to the base 256 stay within [-128, 127]."""
@@ -275,7 +275,7 @@ def _round_codes(address: int, first: int, last: int) -> None:
             round_row(line, halves)
             continue
         z = matrix[CODES] + row * row_bytes(INT4, n)
-        look_up(n, z, matrix[ROWS] + 4 * row, one, halves)
+        look_up_row(n, z, matrix[ROWS] + 4 * row, one, halves)
         if matrix[STARTS] != 0:
             for e in range(starts[row], starts[row + 1]):
                 one[0] = (code_at(n, z, columns[e]) + values[e]) * rows[row]

@@ -7,6 +7,7 @@ A trained weight keeps the terms of its :class:`~hf_sqf.runtime.sqf_factors.Fact
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from itertools import repeat
 
 import torch
@@ -103,12 +104,7 @@ class TrainedWeight:
     def matrix(self, index: int) -> Tensor:
         """Return a matrix as float32 (m, n), with gradients."""
         m, n = self.shapes[index]
-        total: Tensor | None = None
-        for term in self.terms[index]:
-            part = term.matrix().reshape(m, -1)[:, :n]
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+        return _total(term.matrix().reshape(m, -1)[:, :n] for term in self.terms[index])
 
     def _grid(self) -> TrainedTerm | None:
         term = self.terms[0][0]
@@ -125,9 +121,14 @@ class TrainedWeight:
         by_row = all(not t.term.one_hot and t.term.codes.shape[0] == m for t in self.terms[0])  # and not block by block
         if not by_row:
             return self.matrix(0)[ids]
-        return torch.stack([term.pick(ids)[:, :n] for term in self.terms[0]]).sum(0)
+        return _total(term.pick(ids)[:, :n] for term in self.terms[0])
 
     def to(self, device: torch.device) -> None:
         """Move all that is no parameter."""
         for term in self.all_terms():
             term.to(device)
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of one tensor or more; a single one as it is."""
+    return reduce(torch.add, parts)

@@ -221,13 +221,12 @@ class TrainedTerm:
                 moved[name] = self.parameters[name] * self._units[name]
                 if self.options.hard:
                     moved[name] += self._left[name]
-        if "codes" not in moved:
-            if "atoms" in moved:
-                self.term = self.limits.with_dictionary(self.term, moved["atoms"])
-                value = self._values(self.term)["atoms"]  # where that is as far as it may go, latents wait at its edge
-                moved["atoms"] = moved["atoms"].clamp(value - 0.5, value + 0.5)
-                self.parameters["atoms"].copy_(moved["atoms"] / self._units["atoms"])
-        elif not self.term.trellis or step % self.options.every == 0:
+        if moved.keys() == {"atoms"}:
+            self.term = self.limits.with_dictionary(self.term, moved["atoms"])
+            value = self._values(self.term)["atoms"]  # where that is as far as it may go, latents wait at its edge
+            moved["atoms"] = moved["atoms"].clamp(value - 0.5, value + 0.5)
+            self.parameters["atoms"].copy_(moved["atoms"] / self._units["atoms"])
+        elif moved and (not self.term.trellis or step % self.options.every == 0):
             before, steps = self.term, self.options.every if self.term.trellis else 1
             latent = foremost(moved["codes"], self._values(before)["codes"], steps * self._share)
             self.term = self.limits.project(self._with_scales(), latent, moved.get("atoms"))
