@@ -27,6 +27,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 import hf_sqf
 from hf_sqf import SQFConfig, compress
 from hf_sqf.compress.collect import measure
+from hf_sqf.compress.statistics import Statistics
 from hf_sqf.compress.targets import find_targets
 
 KEPT = Path(__file__).parent / "results" / "calibrated_encoder.txt"
@@ -48,6 +49,12 @@ def paragraphs(text: str, count: int) -> list[str]:
     """Return ``count`` paragraphs of a text, evenly spread."""
     lines = [line.strip() for line in text.splitlines() if len(line) > 80]
     return lines[:: max(1, len(lines) // count)][:count]
+
+
+def scales(statistics: Statistics) -> str:
+    """Return the least, the median and the largest scale of a weight, and whose they are."""
+    found = sorted((scale, name.removesuffix(".weight")) for name, scale in statistics.scales.items())
+    return ", ".join(f"{scale:.2f} ({name})" for scale, name in (found[0], found[len(found) // 2], found[-1]))
 
 
 def main() -> None:
@@ -93,7 +100,8 @@ def main() -> None:
     if args.statistics is not None and args.statistics.exists():
         config = SQFConfig(statistics=args.statistics)
     statistics = measure(model, find_targets(model, config)[0], config)
-    if args.statistics is not None and statistics is not None and not args.statistics.exists():
+    assert statistics is not None
+    if args.statistics is not None and not args.statistics.exists():
         statistics.save(args.statistics)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "numba"))
     packages = f"hf_sqf {hf_sqf.__version__}, {packages}"
@@ -105,6 +113,7 @@ def main() -> None:
         f"{len(texts[0])} held-out paragraphs of the calibration's kind, {len(texts[1])} of pydoc_data.topics.",
         f"Calibrated on {args.samples} paragraphs in {time.monotonic() - started:.0f} s. {date.today()}, "
         f"Python {platform.python_version()}, {packages}, {platform.machine()}",
+        f"What errors do to held-out paragraphs, beside what the metric says of them: {scales(statistics)}.",
         "",
         f"{'bits=':>13}{'bits in file':>14}{'MB':>8}{'same kind':>11}{'lowest':>8}{'other':>8}{'lowest':>8}"
         f"{'time, s':>9}",

@@ -26,8 +26,10 @@ from .statistics import (
     FileMoments,
     Statistics,
     choose_diagonal_shrinkage,
+    choose_scale,
     choose_shrinkage,
     fingerprint,
+    random_errors,
     shrink_diagonal,
     typical_importance,
 )
@@ -39,7 +41,8 @@ logger = logging.getLogger(__name__)
 UNTESTED = 0.1
 """Shrinkage of what no held-out data reached."""
 GRADIENTS_EVERY = 2
-"""Gradients are taken of one batch of so many: g^2 has fewer numbers to be found than H, and costs twice as much."""
+"""Gradients are taken of one batch of so many: g^2 has fewer numbers to be found than H, and costs twice as much. They
+are taken of all batches that are held out: the scales of whole weights hang on those few."""
 _GRADIENT_COST = 4  # of running a batch forth, back and (recomputed) forth again, in runs forth
 
 
@@ -100,7 +103,7 @@ def collect(
         model: with dense weights.
         targets: the weights to be compressed.
         batches: inputs of the model, without padding (what is padded would be measured too).
-        held_out: inputs on which shrinkage is chosen.
+        held_out: inputs on which shrinkage and scales are chosen.
         seed: of the labels drawn.
         memory: bytes that the moments H of one block may take; where they need more, the data runs through it several
             times. None lets them take as much as the model's parameters do.
@@ -120,22 +123,25 @@ def collect(
         replay = Replay(model, find_stacks(model, batches[0]))
         limit = memory or sum(p.numel() * p.element_size() for p in model.parameters())
         plan = collection.plan(shared, replay, limit)
-        some = batches[::GRADIENTS_EVERY], held_out[::GRADIENTS_EVERY]
+        some = batches[::GRADIENTS_EVERY], held_out
         cost = _GRADIENT_COST * max(len(replay.blocks), 1)
         few = again and bool(replay.blocks)
         every = (thinned(batches), thinned(held_out)) if few else (batches, held_out)
         steps = cost * sum(map(len, some)) + len(plan) * sum(map(len, every))
         with recorder, transformers_logging.tqdm(total=steps, desc="Calibrating", disable=not ranks.first) as bar:
-            recorder.wanted = collection.tables  # the moments of embeddings are those of gradients
-            gradients = partial(_gradients, model, recorder, seed)
-            sums = measure_all(recorder, ranks, some, gradients, lambda count: bar.update(cost * count))
-            collection.keep_moments(sums)
             for index, recorder.wanted in plan:
                 with replay.at(index) as run:
                     forth = partial(_forth, run)
                     collection.keep_moments(measure_all(recorder, ranks, every, forth, bar.update))
                 for block in replay.blocks[index : index + 1]:
                     release_module(block)
+            recorder.wanted = collection.tables  # the moments of embeddings are those of gradients
+            recorder.errors = {
+                key: random_errors(H, collection.shrinkage[key]) for key, H in collection.moments.items()
+            }
+            gradients = partial(_gradients, model, recorder, seed)
+            sums = measure_all(recorder, ranks, some, gradients, lambda count: bar.update(cost * count))
+            collection.keep_moments(sums)
         release_module(model)
         collection.finish_gradients(sums, shared)
     return collection.statistics()
@@ -212,6 +218,7 @@ class _Collection:
         self.energies: dict[str, Tensor] = {}
         self.inputs: dict[str, str] = {}
         self.shrinkage: dict[str, float] = {}
+        self.scales: dict[str, float] = {}
         self.notes: dict[str, str] = {}
 
     def plan(self, shared: Mapping[str, str], replay: Replay, limit: int) -> list[tuple[int, set[str]]]:
@@ -272,10 +279,13 @@ class _Collection:
             return
         held = sums.held_energies.get(name)
         self.shrinkage[f"{name}:g"] = choose_diagonal_shrinkage(energy, held) if held is not None else UNTESTED
-        if name in self.tables:
-            # E over the positions of 1_id (x) delta delta^T: the energy of a row is its share of all.
-            energy = energy / energy.sum() * sums.counts[key]
-        self.energies[name], self.inputs[name] = energy / self.rows, key
+        # A table's is E over the positions of 1_id (x) delta delta^T: the energy of a row is its share of all.
+        unit = energy.sum() / sums.counts[key] if name in self.tables else 1.0
+        self.energies[name], self.inputs[name] = energy / unit / self.rows, key
+        changes = sums.held_changes.get(name)
+        if changes is not None:
+            shrunk = shrink_diagonal(self.energies[name], self.shrinkage[f"{name}:g"])
+            self.scales[name] = choose_scale(shrunk, changes / unit / sums.held_rows)
 
     def _join(self, name: str, parts: list[str]) -> None:
         """Join the metrics of tied weights: the nearest single product to ``sum_p diag(g_p^2) (x) H_p``.
@@ -283,13 +293,14 @@ class _Collection:
         Its factors are the partial traces, ``H = sum_p tr(g_p^2) H_p`` and ``g^2 = sum_p tr(H_p) g_p^2 / tr(H)``.
         """
         moments = [self.moments[self.inputs[part]] for part in parts]
-        energies = [shrink_diagonal(self.energies[part], self.shrinkage[f"{part}:g"]) for part in parts]
+        energies = [
+            shrink_diagonal(self.energies.pop(part), self.shrinkage.pop(f"{part}:g")) * self.scales.pop(part, 1.0)
+            for part in parts
+        ]
         traces = [H.trace() for H in moments]
         H = torch.stack([energy.sum() * moment for energy, moment in zip(energies, moments, strict=True)]).sum(0)
         energy = torch.stack([trace * energy for trace, energy in zip(traces, energies, strict=True)]).sum(0)
         shares = [self.shrinkage[self.inputs[part]] for part in parts]
-        for part in parts:
-            del self.energies[part], self.shrinkage[f"{part}:g"]
         self.moments.add({name: H})
         self.energies[name] = energy / H.trace()
         self.inputs[name], self.shrinkage[name], self.shrinkage[f"{name}:g"] = name, max(shares), 0.0
@@ -303,5 +314,7 @@ class _Collection:
         for name, note in self.notes.items():
             logger.warning("%s: %s; it is given the importance of a typical weight", name, note)
         mark = fingerprint(self.model)
-        found = Statistics(self.moments, self.energies, self.inputs, self.shrinkage, 1.0, self.rows, mark, self.notes)
+        found = Statistics(
+            self.moments, self.energies, self.inputs, self.shrinkage, 1.0, self.rows, mark, self.notes, self.scales
+        )
         return replace(found, typical=typical_importance(found, self.targets))

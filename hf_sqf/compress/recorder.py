@@ -7,6 +7,10 @@ diagonal g^2 is kept.
 
 A table of embeddings has one-hot inputs, so that its factors change places: ``E[delta delta^T]`` takes the part of H,
 and g^2 says how much of the gradient's energy reaches each row.
+
+The product takes rows of data for unrelated, and inputs for independent of gradients. What an error E of W really does
+to the loss is ``sum_t delta_t^T E x_t`` over all rows t of an input: where sentences are means over their tokens, for
+one, it adds up. On data that is held out this is measured as it is, for errors such as rounding makes.
 """
 
 from __future__ import annotations
@@ -75,9 +79,13 @@ class Recorder(TorchFunctionMode):
         energies: weight's name -> sum of ``delta^2``, float32 (m,).
         held_inputs: input's name -> rows x kept of the batches held out, [(k, n)].
         held_energies: weight's name -> sum of ``delta^2`` over the batches held out.
+        held_changes: weight's name -> sum over the batches held out of what an error in each of its rows does to the
+            loss, squared, (m,): the mean of ``(sum_t delta_ti e^T x_t)^2`` over ``errors`` e. For a table of
+            embeddings it is ``|sum_t delta_t|^2`` over the places t that look up a row.
         shared: weight's name -> name of its input.
         held_out: whether batches are held out now.
         wanted: names of the inputs to sum; None for all.
+        errors: input's name -> errors of a row of the weight, float32 (n, k).
 
     Args:
         weights: a weight's name -> its module; or the 3-D parameter of a module of experts, whose slices are then
@@ -101,8 +109,11 @@ class Recorder(TorchFunctionMode):
         self.energies: dict[str, Tensor] = {}
         self.held_inputs: dict[str, list[Tensor]] = {}
         self.held_energies: dict[str, Tensor] = {}
+        self.held_changes: dict[str, Tensor] = {}
         self.held_out = False
         self.wanted: set[str] | None = None
+        self.errors: Mapping[str, Tensor] = {}
+        self._given: dict[str, Tensor] = {}  # input's name -> X e for each of its errors, of the batch that runs
 
     def __enter__(self) -> Recorder:
         """Hook the modules."""
@@ -144,19 +155,43 @@ class Recorder(TorchFunctionMode):
             self._add_moment(name, rows)
         if output.requires_grad:
             output.register_hook(partial(self._add_energy, name, module))
+            if (given := self._errors_at(name, rows)) is not None:
+                output.register_hook(partial(self._add_change, name, module, given))
+
+    def _errors_at(self, name: str, rows: Tensor | None) -> Tensor | None:
+        """Return ``X e`` for each of the errors e of a weight, (N, k); None where they are not wanted."""
+        key = self.shared.get(name, name)
+        if not self.held_out or key not in self.errors:
+            return None
+        if rows is not None:
+            self._given[key] = rows.float() @ self.errors[key].to(rows.device)
+        return self._given[key]
+
+    def _squares(self, name: str, delta: Tensor) -> Tensor:
+        """Return ``delta^2``, or its mean over the labels y that could have been drawn."""
+        if name != self._head:
+            return delta.square()
+        # Here delta = p - 1_y. Its mean square over labels y drawn from p is p (1 - p), which is |delta| (1 - |delta|)
+        # whichever was drawn.
+        size = delta.abs()
+        return size.sub_(size.square())
 
     def _add_energy(self, name: str, module: nn.Module | None, gradient: Tensor) -> None:
         rows = output_rows(module, gradient) if module is not None else gradient.flatten(0, -2)
         total = torch.zeros(rows.shape[1], device=rows.device)
         for delta in rows.split(ROWS):  # there may be many logits
-            if name == self._head:
-                # Here delta = p - 1_y. Its mean square over labels y drawn from p is p (1 - p), which is
-                # |delta| (1 - |delta|) whichever was drawn.
-                size = delta.float().abs()
-                total += size.sub_(size.square()).sum(0)
-            else:
-                total += delta.float().square().sum(0)
+            total += self._squares(name, delta.float()).sum(0)
         self._add(self.held_energies if self.held_out else self.energies, name, total)
+
+    def _add_change(self, name: str, module: nn.Module | None, given: Tensor, gradient: Tensor) -> None:
+        rows = output_rows(module, gradient) if module is not None else gradient.flatten(0, -2)
+        change = torch.zeros(rows.shape[1], given.shape[1], device=rows.device)
+        for delta, errors in zip(rows.split(ROWS), given.split(ROWS), strict=True):
+            if name == self._head:  # labels are drawn row by row: what two of them do has nothing in common
+                change.addmm_(self._squares(name, delta.float()).T, errors.square())
+            else:
+                change.addmm_(delta.float().T, errors)
+        self._add(self.held_changes, name, (change if name == self._head else change.square_()).mean(1))
 
     def _embedding_hook(self, name: str, module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> None:
         if self._backward or not output.requires_grad:
@@ -165,8 +200,13 @@ class Recorder(TorchFunctionMode):
 
         def add(gradient: Tensor) -> None:
             delta = gradient.flatten(0, -2).float()
-            rows = torch.zeros(module.num_embeddings, device=delta.device).index_add_(0, ids, delta.square().sum(1))
+            none = torch.zeros(module.num_embeddings, device=delta.device)
+            rows = none.index_add(0, ids, delta.square().sum(1))
             self._add(self.held_energies if self.held_out else self.energies, name, rows)
+            if self.held_out:
+                used, places = ids.unique(return_inverse=True)
+                change = delta.new_zeros(len(used), delta.shape[1]).index_add_(0, places, delta)
+                self._add(self.held_changes, name, none.index_add(0, used, change.square().sum(1)))
             self._add_moment(name, delta)
 
         output.register_hook(add)

@@ -36,6 +36,7 @@ class Sums:
 
     Attributes:
         rows: rows of predictions of the batches that were not held out.
+        held_rows: those of the batches held out.
         held_out: whether batches are held out now, where it stands for a recorder.
     """
 
@@ -44,7 +45,9 @@ class Sums:
     energies: dict[str, Tensor] = field(default_factory=dict)
     held_inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     held_energies: dict[str, Tensor] = field(default_factory=dict)
+    held_changes: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 0
+    held_rows: int = 0
     held_out: bool = False
 
     def take(self, recorder: Recorder | Sums, turns: int, ranks: Ranks) -> None:
@@ -62,7 +65,7 @@ class Sums:
                 tensor = mine[place][2] if owner == ranks.rank else torch.empty(shape, device=device)
                 self._add(kind, key, ranks.broadcast(tensor, owner))
         recorder.moments, recorder.counts, recorder.energies = {}, {}, {}
-        recorder.held_inputs, recorder.held_energies = {}, {}
+        recorder.held_inputs, recorder.held_energies, recorder.held_changes = {}, {}, {}
 
     def _add(self, kind: str, key: str, tensor: Tensor) -> None:
         if kind == "held_inputs":
@@ -107,7 +110,10 @@ def measure_all(
                 return count
 
             rows = sum(ranks.gather(run_mine))
-            sums.rows += 0 if recorder.held_out else rows
+            if recorder.held_out:
+                sums.held_rows += rows
+            else:
+                sums.rows += rows
             done(sum(map(len, turns)) - len(mine))
             sums.take(recorder, len(turns), ranks)
     return sums
@@ -115,7 +121,7 @@ def measure_all(
 
 def _pieces(recorder: Recorder | Sums) -> Iterator[tuple[str, str, Tensor]]:
     """Iterate over what a recorder holds: (attribute, name of the weight or input, float32 tensor)."""
-    for kind in ("moments", "energies", "held_energies"):
+    for kind in ("moments", "energies", "held_energies", "held_changes"):
         for key, tensor in getattr(recorder, kind).items():
             yield kind, key, tensor
     for key, rows in recorder.held_inputs.items():

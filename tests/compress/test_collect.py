@@ -19,6 +19,8 @@ from transformers import (
 
 from hf_sqf import SQFConfig
 from hf_sqf.compress.collect import collect
+from hf_sqf.compress.recorder import Recorder
+from hf_sqf.compress.statistics import shrink, shrink_diagonal
 from hf_sqf.compress.targets import find_targets
 
 SMALL = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -100,6 +102,67 @@ def test_distance_predicts_the_divergence():
     assert divergence == pytest.approx(expected, rel=0.5)
 
 
+def test_scales_make_the_distance_that_of_a_mean_over_tokens():
+    """What errors do to a sentence's embedding adds up over its tokens: the metric alone says far too little."""
+    torch.manual_seed(4)
+    model = BertModel(BertConfig(**SMALL | {"hidden_size": 32}), add_pooling_layer=False)
+    with torch.no_grad():  # the tokens of a sentence come to resemble one another, as those of trained encoders do
+        model.encoder.layer[0].attention.output.dense.weight.mul_(30.0)
+    batches, count = tokens(200, seed=6), 60
+    targets = find_targets(model, SQFConfig(include_embeddings=False))[0]
+    found = collect(model, targets, batches[count:], batches[:count])
+
+    def embeddings():
+        with torch.no_grad():
+            hidden = [model.eval()(**batch).last_hidden_state.mean(1) for batch in batches[:count]]
+        return torch.nn.functional.normalize(torch.cat(hidden), dim=-1)
+
+    before, draw, scales = embeddings(), torch.Generator().manual_seed(5), []
+    for target in targets:
+        (weight,) = target.matrices()
+        (metric,) = found.metrics(target.name, [weight])
+        white = torch.randn(weight.shape, generator=draw, dtype=torch.float64) / metric.row_weights()[:, None]
+        noise = torch.linalg.solve_triangular(metric.cholesky(), white, upper=False, left=False).float()
+        noise *= 0.02 * weight.norm() / noise.norm()
+        own = target.parameter.detach().clone()
+        target.parameter.data.add_(noise)
+        really = float((embeddings() - before).square().sum(1).mean())
+        target.parameter.data.copy_(own)
+        assert really == pytest.approx(found.typical * metric.distance(noise, None), rel=0.35), target.name
+        scales.append(found.scales[target.name])
+    assert max(scales) > 4.0  # so that the test tells
+
+
+def test_scales_of_a_table_and_of_the_head_are_as_defined(monkeypatch):
+    """On one batch: labels are unrelated from row to row; a row of a table changes at all places that look it up."""
+    model, batches = llama(tie_word_embeddings=False), tokens(41, length=30, seed=7)
+    rows, inputs, name = [], [], "model.embed_tokens.weight"
+    add = Recorder._add_moment
+
+    def spy(self, key, some):
+        rows.extend([some] if key == name else [])
+        add(self, key, some)
+
+    monkeypatch.setattr(Recorder, "_add_moment", spy)
+    model.lm_head.register_forward_hook(lambda m, a, y: inputs.append(a[0].detach().flatten(0, 1)))
+    found = measured(model, batches)  # the batch held out is the last one that gradients are taken of
+
+    delta, ids = rows[-1], batches[0]["input_ids"].flatten()
+    common = torch.zeros(60, 16).index_add_(0, ids, delta).square().sum(1) / len(ids)
+    energy = shrink_diagonal(found.energies[name], found.shrinkage[f"{name}:g"])
+    H = found.moments[name]
+    assert found.scales[name] == pytest.approx(float((common / H.trace() / energy).mean()), rel=1e-4)
+
+    name = "lm_head.weight"
+    H = shrink(found.moments[found.inputs[name]], found.shrinkage[found.inputs[name]])
+    energy = shrink_diagonal(found.energies[name], found.shrinkage[f"{name}:g"])
+    x = inputs[-1]
+    lengths = (x * torch.linalg.solve(H, x.T).T).sum(1) / 16
+    p = model.eval()(**batches[0]).logits.detach().softmax(-1).flatten(0, 1)
+    expected = ((p * (1 - p)) * lengths[:, None]).mean(0)
+    assert found.scales[name] == pytest.approx(float((expected / energy).mean()), rel=0.15)
+
+
 def test_shared_inputs_are_measured_once():
     found = measured(llama(), tokens(3))
     names = [f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv"]
@@ -119,6 +182,7 @@ def test_tied_embeddings_join_both_their_metrics():
 def test_passes_do_not_change_the_result(make):
     one, several = measured(make(), tokens(4)), measured(make(), tokens(4), memory=4000)
     assert set(one.moments) == set(several.moments) and one.shrinkage == several.shrinkage
+    assert one.scales == pytest.approx(several.scales, rel=1e-4) and one.scales
     for key in one.moments:
         torch.testing.assert_close(one.moments[key], several.moments[key])
     for name in one.energies:

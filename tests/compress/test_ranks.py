@@ -49,7 +49,8 @@ def make_everything(source: Path, out: Path) -> None:
     save_file(
         {**found.moments, **{f"{name} g": g for name, g in found.energies.items()}}, out / "statistics.safetensors"
     )
-    (out / "statistics.json").write_text(json.dumps([found.inputs, found.shrinkage, found.typical, found.tokens]))
+    chosen = [found.inputs, found.shrinkage, found.scales, found.typical, found.tokens]
+    (out / "statistics.json").write_text(json.dumps(chosen))
     compress_checkpoint(source, out.parent / "checkpoint" / "small", SQFConfig(**GRID))
 
 

@@ -8,7 +8,9 @@ from hf_sqf.compress.statistics import (
     SHRINKAGES,
     Statistics,
     choose_diagonal_shrinkage,
+    choose_scale,
     choose_shrinkage,
+    random_errors,
     shrink,
     shrink_diagonal,
 )
@@ -66,6 +68,28 @@ def test_chosen_shrinkage_compresses_held_out_data_best():
     assert choose_shrinkage(H, held) == min(SHRINKAGES, key=distortion)
 
 
+def test_random_errors_cost_the_same_in_every_direction():
+    """Of covariance H^-1 / n: E e^T H e = 1, and so in every direction that H knows."""
+    x = samples(2000, 40, 8)
+    H = x.T @ x / len(x)
+    errors = random_errors(H, 0.01)
+    assert errors.dtype == torch.float32 and torch.equal(errors, random_errors(H, 0.01))
+    white = torch.linalg.cholesky(shrink(H, 0.01)).T @ errors  # (n, k), of variance 1 / n
+    assert float(white.square().sum(0).mean()) == pytest.approx(1.0, rel=0.1)
+    power = 40 * white.square().mean(1)
+    assert float(power.min()) > 0.3 and float(power.max()) < 2.5
+
+
+def test_scale_is_what_the_metric_leaves_out():
+    energy = torch.tensor([1.0, 4.0])
+    assert choose_scale(energy, 3.0 * energy) == pytest.approx(3.0)
+    assert choose_scale(energy, torch.tensor([2.0, 4.0])) == pytest.approx(1.5)
+    assert choose_scale(energy, torch.zeros(2)) == 1.0  # nothing is known
+    weight = samples(4, 6, 9)
+    plain, scaled = (statistics(scales=s).metrics("a.weight", [weight])[0] for s in ({}, {"a.weight": 3.0}))
+    assert scaled.distance(weight, None) == pytest.approx(3.0 * plain.distance(weight, None), rel=1e-5)
+
+
 def test_metric_is_in_units_of_a_typical_weight():
     found = statistics()
     weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(6))
@@ -98,7 +122,7 @@ def test_errors_name_the_weight():
 
 
 def test_save_and_load(tmp_path):
-    found = statistics()
+    found = statistics(scales={"b.weight": 2.5})
     found.save(tmp_path / "s.safetensors")
     again = Statistics.load(tmp_path / "s.safetensors")
     weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(7))
@@ -106,6 +130,7 @@ def test_save_and_load(tmp_path):
         one, other = found.metrics(name, [matrix])[0], again.metrics(name, [matrix])[0]
         assert one.distance(matrix, None) == other.distance(matrix, None)
     assert (again.tokens, again.typical, again.notes) == (found.tokens, found.typical, found.notes)
+    assert again.scales == found.scales
 
 
 def test_other_files_and_other_models_are_refused(tmp_path):
