@@ -128,13 +128,13 @@ FIGURES = [  # what a sentence says -> the file that is kept, and what stands th
         "calibrated_lm_one_pass.txt",
         r"2\.047 .*0\.3520(.*\n)+.*2\.496 .*0\.1658(.*\n)+.*0\.0812 ",
     ),
+    ("0.491, 0.266 and 0.104", "calibrated_lm_one_pass.txt", r"0\.4912 (.*\n)+.*0\.2662 (.*\n)+.*0\.1038 "),
     ("is 0.38 to 21.7 times what the metric says", "calibrated_encoder.txt", r"says of them: 0\.38 .*, 21\.68 "),
     (
         "a mean cosine of 0.982, 0.992 and 0.996",
         "calibrated_encoder.txt",
         r" 2 +1\.996 +5\.79 +0\.9821 (.*\n)+? +2\.5 +2\.498 +\S+ +0\.9917 (.*\n)+? +3 +2\.996 +\S+ +0\.9961 ",
     ),
-    ("0.491, 0.266 and 0.104", "calibrated_lm_one_pass.txt", r"0\.4912 (.*\n)+.*0\.2662 (.*\n)+.*0\.1038 "),
     ("2.8 billion parameters take 13 minutes", "scale.txt", r"2,797,501,440 +\S+ +767\.8 "),
     ("1.3 GB above the imports", "scale.txt", r"2,797,501,440 .* 1266 "),
     (

@@ -64,8 +64,8 @@ def _patches(module: nn.Conv1d | nn.Conv3d, x: Tensor) -> Tensor | None:
     return x.permute(*places, 1, *range(2 + axes, 2 + 2 * axes)).flatten(axes + 1).flatten(0, axes)
 
 
-def output_rows(module: nn.Module, y: Tensor) -> Tensor:
-    """Return a layer's output, or the gradient there, as rows (N, m)."""
+def output_rows(module: nn.Module | None, y: Tensor) -> Tensor:
+    """Return a layer's output, or the gradient there, as rows (N, m); without a module, of a plain product."""
     return (y.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else y).flatten(0, -2)
 
 
@@ -177,14 +177,14 @@ class Recorder(TorchFunctionMode):
         return size.sub_(size.square())
 
     def _add_energy(self, name: str, module: nn.Module | None, gradient: Tensor) -> None:
-        rows = output_rows(module, gradient) if module is not None else gradient.flatten(0, -2)
+        rows = output_rows(module, gradient)
         total = torch.zeros(rows.shape[1], device=rows.device)
         for delta in rows.split(ROWS):  # there may be many logits
             total += self._squares(name, delta.float()).sum(0)
         self._add(self.held_energies if self.held_out else self.energies, name, total)
 
     def _add_change(self, name: str, module: nn.Module | None, given: Tensor, gradient: Tensor) -> None:
-        rows = output_rows(module, gradient) if module is not None else gradient.flatten(0, -2)
+        rows = output_rows(module, gradient)
         change = torch.zeros(rows.shape[1], given.shape[1], device=rows.device)
         for delta, errors in zip(rows.split(ROWS), given.split(ROWS), strict=True):
             if name == self._head:  # labels are drawn row by row: what two of them do has nothing in common
