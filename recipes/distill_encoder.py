@@ -4,8 +4,8 @@
 
 All weights are compressed, embeddings included, calibrated on the first text's paragraphs; then the factors are trained
 on the same paragraphs, with the original as the teacher, and measured on the second text's: the mean of 1 - cosine of
-mean-pooled embeddings to the original's. Texts hold a paragraph a line. Figures and curve are kept in
-``results/distill_encoder_<mode>.json`` and ``.png``.
+mean-pooled embeddings to the original's. Texts hold a paragraph a line. ``--mode dense`` is explained in
+``distill_lm.py``. Figures and curve are kept in ``results/distill_encoder_<mode>.json`` and ``.png``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import tempfile
 
 from calibrated_encoder import embed, paragraphs
-from distill_lm import Curve, add_training, training_arguments, write
+from distill_lm import Curve, add_training, to_train, training_arguments, write
 from torch import nn
 from transformers import (
     AutoModel,
@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_sqf import SQFCallback, SQFConfig, compress, distillation_loss, size_report
+from hf_sqf import SQFConfig, compress, size_report
 from hf_sqf.compress.calibration_data import library_text
 
 LENGTH = 128
@@ -88,19 +88,15 @@ def main() -> None:
     lines = paragraphs(args.calibration.read_text("utf-8"), 1 << 20) + (list(library_text()) if args.library else [])
     curve = Curve(distance, "distance", args.every, args.minutes)
     set_seed(0)
-    if args.bf16:
-        teacher = teacher.bfloat16()
+    model, callbacks, loss = to_train(args, model, teacher)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
             training_arguments(args, folder, logging_steps=args.every),
             train_dataset=[dict(tokenizer(text, truncation=True, max_length=LENGTH)) for text in lines],
             data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[
-                SQFCallback(args.mode, code_rate=args.code_rate, original=teacher, block_steps=args.block_steps),
-                curve,
-            ],
-            compute_loss_func=distillation_loss(teacher, hidden_states=args.hidden_states),
+            callbacks=[*callbacks, curve],
+            compute_loss_func=loss,
         )
         curve.begin()
         trainer.train()

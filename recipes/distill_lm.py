@@ -4,7 +4,9 @@
 
 The linear layers of the blocks are compressed, calibrated on the first text; then the factors are trained on it, with
 the original as the teacher. The KL divergence is that of the original's predictions from the compressed model's, in
-nats per token, on non-overlapping sequences of the second text. Figures and curve are kept in
+nats per token, on non-overlapping sequences of the second text. ``--mode dense`` decodes the weights and trains them
+freely, in float32, at the same learning rate for all numbers (1e-4, say): no compressed model comes of it, but a bound
+for what training on this text gives those that start from the same codes. Figures and curve are kept in
 ``results/distill_lm_<mode>.json`` and ``.png``.
 """
 
@@ -23,7 +25,7 @@ from typing import Any, Protocol
 
 import torch
 from calibrated_lm import Divergence, cut
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,6 +41,7 @@ import hf_sqf
 from hf_sqf import SQFCallback, SQFConfig, compress, distillation_loss, size_report
 from hf_sqf.compress.calibration_data import library_text
 from hf_sqf.runtime.sqf_size import SizeReport
+from hf_sqf.training.distillation import DistillationLoss
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -101,7 +104,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--structure", default="grid")
     parser.add_argument("--trellis", type=int, default=64, help="states of dependent quantization; 0 for none")
     parser.add_argument("--samples", type=int, help="texts to calibrate on")
-    parser.add_argument("--mode", default="light", choices=("light", "latent", "hard"))
+    parser.add_argument("--mode", default="light", choices=("light", "latent", "hard", "dense"))
     parser.add_argument("--code-rate", type=float, default=0.5)
     parser.add_argument("--block-steps", type=int, default=0, help="steps on each block before training end to end")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -152,6 +155,33 @@ def compressed_model(args: argparse.Namespace, tokenizer: Any) -> PreTrainedMode
             return model
         model.save_pretrained(args.compressed)
     return AutoModelForCausalLM.from_pretrained(args.compressed)
+
+
+def to_train(
+    args: argparse.Namespace, model: PreTrainedModel, teacher: PreTrainedModel, temperature: float = 1.0, **options: Any
+) -> tuple[PreTrainedModel, list[TrainerCallback], DistillationLoss]:
+    """Return the model to train, what trains its factors, and the loss.
+
+    Args:
+        args: of the command line.
+        model: compressed; decoded in place, and returned, where ``args.mode`` is ``"dense"``.
+        teacher: the original; made bfloat16 in place where ``args.bf16`` says so.
+        temperature: of the loss.
+        options: of SQFCallback, further ones.
+    """
+    if args.bf16:
+        teacher = teacher.bfloat16()
+    callbacks: list[TrainerCallback] = []
+    if args.mode == "dense":
+        model = model.dequantize()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.requires_grad_(False)
+    else:
+        options = {"code_rate": args.code_rate, "original": teacher, "block_steps": args.block_steps, **options}
+        callbacks.append(SQFCallback(args.mode, **options))
+    loss = distillation_loss(teacher, temperature, hidden_states=args.hidden_states, student=model)
+    return model, callbacks, loss
 
 
 def training_arguments(args: argparse.Namespace, folder: str, logging_steps: int) -> TrainingArguments:
@@ -238,28 +268,17 @@ def main() -> None:
     before, start, size = whole.of(model), some.of(model), size_report(model)
     print(f"{size.bits_per_weight:.3f} bits, {size.total_bytes:,} bytes, KL {before:.4f}", flush=True)
 
-    if args.bf16:
-        teacher = teacher.bfloat16()
     texts = [args.calibration.read_text("utf-8"), *(["\n".join(library_text())] if args.library else [])]
     sequences: Tensor = torch.cat([cut(text, tokenizer, args.context, 1 << 30) for text in texts])
     curve = Curve(some, "kl", args.every, args.minutes)
+    model, callbacks, loss = to_train(args, model, teacher, args.temperature, train=args.train, share=args.share)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
             training_arguments(args, folder, logging_steps=1),
             train_dataset=[{"input_ids": ids, "labels": ids} for ids in sequences],
-            callbacks=[
-                SQFCallback(
-                    args.mode,
-                    args.train,
-                    code_rate=args.code_rate,
-                    share=args.share,
-                    original=teacher,
-                    block_steps=args.block_steps,
-                ),
-                curve,
-            ],
-            compute_loss_func=distillation_loss(teacher, args.temperature, hidden_states=args.hidden_states),
+            callbacks=[*callbacks, curve],
+            compute_loss_func=loss,
         )
         curve.begin()
         trainer.train()

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from .sqf_jit import carray, jit
-from .sqf_vectors import INT4, INT16, LANES, LOOKUPS, address_as, lookup, unpack
+from .sqf_vectors import INT4, INT16, LANES, LOOKUPS, WORD_LOOKUPS, address_as, lookup, lookup_words, unpack
 
-REVISION = 27
+REVISION = 28
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""
@@ -37,10 +37,10 @@ numbers threads, or 0."""
 MATRIX_FIELDS, CALL_FIELDS = 12, 24
 LINE = 64
 """Bytes of a line of the caches."""
-FLOATS, BYTES, DECODE, ROUND_CODES, ROUND_INPUTS, BY_LINES, BY_PANELS = range(7)
+FLOATS, BYTES, DECODE, ROUND_CODES, ROUND_INPUTS, ADD, BY_LINES, BY_PANELS = range(8)
 """Tasks of a call: products of floats, of bytes, decoding; rows of codes times their factors, and rows of inputs times
-the steps, each in bfloat16; and products with inputs side by side, of which each thread has some rows of codes or some
-panels of inputs."""
+the steps, each in bfloat16; products of few nonzeros, added to what is there; and products with inputs side by side, of
+which each thread has some rows of codes or some panels of inputs."""
 
 at_int64 = address_as("int64")
 at_int32 = address_as("int32")
@@ -49,7 +49,7 @@ at_int8 = address_as("int8")
 at_uint16 = address_as("uint16")
 at_float32 = address_as("float32")
 at_float64 = address_as("float64")
-_unpack, _lookup = unpack(), lookup()
+_unpack, _lookup, _lookup_words = unpack(), lookup(), lookup_words()
 
 
 @jit
@@ -146,26 +146,33 @@ def widen(kind: int, n: int, z: int, line: Any) -> None:  # noqa: ANN401
 
 
 @jit
-def look_up_row(n: int, z: int, factor: int, one: Any, halves: Any) -> None:  # noqa: ANN401
-    """Fill halves (uint16, n) with the bfloat16 of the row of 4-bit codes at the address z, times the one at factor.
+def look_up_row(kind: int, n: int, z: int, factor: int, one: Any, halves: Any) -> None:  # noqa: ANN401
+    """Fill halves (uint16, n) with the bfloat16 of the row of codes at the address z, times the one at factor.
 
-    Takes LOOKUPS; one is room for a float32.
+    Codes of 4 bits take LOOKUPS, those of 6 bits WORD_LOOKUPS; one is room for a float32.
     """
-    half, scale = (n + 1) // 2, carray(at_float32(factor), 1)[0]
-    count = (n - half) // LOOKUPS
-    _lookup(z, 0, factor, 0, halves[half:].ctypes.data, count, halves.ctypes.data)
-    for k in range(count * LOOKUPS, half):
-        for place in range(k, n, half):
-            one[0] = code_at(n, z, place) * scale
+    apart = (n + 1) // 2 if kind == INT4 else n  # the columns of a byte lie so far apart
+    if kind == INT4:
+        done = (n - apart) // LOOKUPS * LOOKUPS
+        _lookup(z, 0, factor, 0, halves[apart:].ctypes.data, done // LOOKUPS, halves.ctypes.data)
+    else:
+        done = n // WORD_LOOKUPS * WORD_LOOKUPS
+        _lookup_words(z, 0, factor, 0, 0, done // WORD_LOOKUPS, halves.ctypes.data)
+    scale = carray(at_float32(factor), 1)[0]
+    for k in range(done, apart):
+        for place in range(k, n, apart):
+            one[0] = code_at(kind, n, z, place) * scale
             round_row(one, halves[place : place + 1])
 
 
 @jit
-def code_at(n: int, z: int, k: int) -> int:
-    """Return the code k of the row of 4-bit codes at the address z."""
-    half = (n + 1) // 2
-    pairs = carray(at_int8(z), half)
-    return _low(pairs[k]) if k < half else _high(pairs[k - half])
+def code_at(kind: int, n: int, z: int, k: int) -> int:
+    """Return the code k of the row of codes, of 4 bits or a byte each, at the address z."""
+    half = (n + 1) // 2 if kind == INT4 else n
+    octets = carray(at_int8(z), half)
+    if kind != INT4:
+        return octets[k]
+    return _low(octets[k]) if k < half else _high(octets[k - half])
 
 
 @jit

