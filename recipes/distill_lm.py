@@ -4,10 +4,12 @@
 
 The linear layers of the blocks are compressed, calibrated on the first text; then the factors are trained on it, with
 the original as the teacher. The KL divergence is that of the original's predictions from the compressed model's, in
-nats per token, on non-overlapping sequences of the second text. ``--mode dense`` decodes the weights and trains them
-freely, in float32, at the same learning rate for all numbers (1e-4, say): no compressed model comes of it, but a bound
-for what training on this text gives those that start from the same codes. Figures and curve are kept in
+nats per token, on non-overlapping sequences of the second text. Figures and curve are kept in
 ``results/distill_lm_<mode>.json`` and ``.png``.
+
+``--mode dense`` decodes the weights and trains them freely, in float32, all but embeddings, at the same learning rate
+for all numbers (1e-4, say): no compressed model comes of it, but what training factors gives can be compared with it.
+What SQFCallback would be told (``--train``, ``--code-rate``, ...) does not count then.
 """
 
 from __future__ import annotations

@@ -203,8 +203,7 @@ class Sum(Running):
         """See :class:`Running`: parts that had better be decoded are decoded together, and sums are float32."""
         if x.dtype == torch.float64:
             return None
-        single = x.float()
-        given = x if many_in_bfloat16(x) else single
+        given = x if many_in_bfloat16(x) else x.float()
         products, decoded = [], []
         for part in self._others:
             y = part.direct(given)
@@ -215,10 +214,10 @@ class Sum(Running):
         if not products:
             return None
         if decoded:
-            products.append(Sum(decoded)._decoded(single))
+            products.append(Sum(decoded)._decoded(given.float()))
         total = _total(products if bias is None else [*products, bias])
         for scattered in self._scattered:
-            scattered.integers.add(single, total)
+            scattered.integers.add(given.float(), total)
         return total.to(x.dtype)
 
 

@@ -15,14 +15,12 @@ from tests.training.conftest import compressed, rows
 @pytest.mark.parametrize("mode", ["light", "dense"])
 def test_what_is_trained(mode, tmp_path):
     recipe = module_of("recipes/distill_lm.py")
-    model, teacher = compressed("llama"), build("llama")
-    before = {name: p.clone() for name, p in model.dequantize().named_parameters()}
-    model = compressed("llama")
+    before = dict(compressed("llama").dequantize().named_parameters())
     args = argparse.Namespace(
         mode=mode, code_rate=0.5, block_steps=0, bf16=False, hidden_states=0.0, steps=2, batch=4,
         learning_rate=1e-3, warmup=0,
     )  # fmt: skip
-    model, callbacks, loss = recipe.to_train(args, model, teacher, train="all")
+    model, callbacks, loss = recipe.to_train(args, compressed("llama"), build("llama"), train="all")
     given = recipe.training_arguments(args, str(tmp_path), logging_steps=1)
     Trainer(model, given, train_dataset=rows(16), callbacks=callbacks, compute_loss_func=loss).train()
 
