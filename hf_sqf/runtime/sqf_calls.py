@@ -13,7 +13,7 @@ import numpy as np
 from .sqf_jit import carray, jit
 from .sqf_vectors import INT4, INT16, LANES, LOOKUPS, WORD_LOOKUPS, address_as, lookup, lookup_words, unpack
 
-REVISION = 28
+REVISION = 29
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16 = 0, 1
 """Type of x and y."""
@@ -28,13 +28,13 @@ rows (m), of the sparse remainder's int32 starts (m + 1), uint16 columns and int
 threads and works (see :class:`~.sqf_kernels.Kernels`). KIND is a storage."""
 
 (MATRIX, TASK, INPUT, SCALED_STRIDE, OPERAND, OPERAND_STRIDE, PLANE, COUNT, SCALES, OUTPUT, BIAS, BATCH, DTYPE, IDS,
- FIRST_ROW, LAST, CHUNK, NEXT, LINES, PANELS, SCRATCH, SCRATCH_STRIDE, STARTED, PASSING) = range(24)  # fmt: skip
+ FIRST_ROW, LAST, CHUNK, NEXT, LINES, PANELS, SCRATCH, SCRATCH_STRIDE, STARTED, PASSING, FIXED) = range(25)  # fmt: skip
 """Fields of a call, int64 each. INPUT: x, scaled where SCALED_STRIDE is given; OPERAND: what the inner products take,
 in rows or planes; LAST: of what is shared out among threads, a CHUNK at a time. LINES and PANELS: most rows of codes
 and vectors of inputs at a time; SCRATCH: room for each thread, of those that have STARTED. PASSING: codes are read once
 and need not stay in the caches of whoever called, who has other things to do between two products; the address of what
 numbers threads, or 0."""
-MATRIX_FIELDS, CALL_FIELDS = 12, 24
+MATRIX_FIELDS, CALL_FIELDS = 12, 25
 LINE = 64
 """Bytes of a line of the caches."""
 FLOATS, BYTES, DECODE, ROUND_CODES, ROUND_INPUTS, ADD, BY_LINES, BY_PANELS = range(8)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .sqf_calls import BFLOAT16, FLOAT32, LARGEST_INT4, SLACK
 from .sqf_jit import HAVE_NUMBA
 from .sqf_kernels import Kernels, few_of, kernels
-from .sqf_vectors import FEATURES, INT4, INT6, INT8, INT16, NONE
+from .sqf_vectors import FEATURES, INT4, INT6, INT8, INT16, LANES, NONE
 
 INT32 = 32
 _DTYPES = {INT4: torch.int8, INT6: torch.int8, INT8: torch.int8, INT16: torch.int16, INT32: torch.int32}
@@ -139,6 +139,20 @@ class Integers:
         scattered: whether so few codes are not zero that :meth:`add` is the way to multiply.
     """
 
+    # One object and no dictionary: at batch 1 the caches hold other things, and each line of memory is waited for.
+    __slots__ = (
+        "_address",
+        "_descriptor",
+        "_kernels",
+        "arrays",
+        "device",
+        "kind",
+        "rows",
+        "scattered",
+        "shape",
+        "steps",
+    )
+
     def __init__(
         self, shape: tuple[int, int], kind: int, arrays: dict[str, Tensor], steps: Tensor, rows: Tensor
     ) -> None:
@@ -183,6 +197,26 @@ class Integers:
         high = torch.bitwise_right_shift(stored - low, 4)
         return torch.cat([low, high[:, : n - width]], 1)
 
+    def few(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return what :meth:`multiply` does for fewer than LANES rows of x; None for whatever else it is given.
+
+        What x and bias are is checked here: this is all that there is between a module and a kernel.
+        """
+        compiled, (m, n), shape = self._kernels, self.shape, x.shape
+        dtype, size = _COMPILED.get(x.dtype), x.numel()
+        if compiled is None or dtype is None or shape[-1] != n or not 0 < size < LANES * n:
+            return None
+        if not (x.is_cpu and x.is_contiguous()):
+            return None
+        at = 0
+        if bias is not None:
+            if not (bias.is_cpu and bias.dtype == torch.float32 and bias.is_contiguous()):
+                return None
+            at = bias.data_ptr()
+        y = x.new_empty(*shape[:-1], m)  # sizes one by one: twice as soon as in a tuple
+        compiled.multiply(self._address, x.data_ptr(), y.data_ptr(), at, size // n, dtype, torch.get_num_threads())
+        return y
+
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """Return x . W^T + bias, x (..., n) to (..., m), without decoding W; None where that is not the way.
 
@@ -195,23 +229,24 @@ class Integers:
         batch = x.numel() // n if n else 0
         if compiled is None or not batch:
             return None
+        if batch < LANES and (y := self.few(x, bias)) is not None:
+            return y
         dtype = _COMPILED.get(x.dtype)
         if dtype is None:
             y = self.multiply(x.float(), bias) if x.dtype == torch.float16 else None
             return None if y is None else y.to(x.dtype)
         if dtype == BFLOAT16 and many_in_bfloat16(x):
             return self._in_bfloat16(compiled, x, bias)
-        y = x.new_empty(*x.shape[:-1], m)  # sizes one by one: twice as soon as in a tuple
+        y = x.new_empty(*x.shape[:-1], m)
         at = 0 if bias is None else bias.data_ptr()
         given, result, threads = x.data_ptr(), y.data_ptr(), torch.get_num_threads()
         few = few_of(batch)
         many = batch - few
-        if many:
-            most = self._address, given, result, at, many, dtype, threads
-            if needed := compiled.multiply_many(*most, _scratch.room.data_ptr(), _scratch.room.numel()):
-                compiled.multiply_many(*most, _scratch.of(needed).data_ptr(), needed)
-            given, result = given + many * n * x.itemsize, result + many * m * x.itemsize
+        most = self._address, given, result, at, many, dtype, threads
+        if needed := compiled.multiply_many(*most, _scratch.room.data_ptr(), _scratch.room.numel()):
+            compiled.multiply_many(*most, _scratch.of(needed).data_ptr(), needed)
         if few:
+            given, result = given + many * n * x.itemsize, result + many * m * x.itemsize
             compiled.multiply(self._address, given, result, at, few, dtype, threads)
         return y
 

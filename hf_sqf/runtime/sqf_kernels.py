@@ -44,6 +44,7 @@ from .sqf_calls import (
     DECODE,
     DTYPE,
     FIRST_ROW,
+    FIXED,
     FLOAT32,
     FLOATS,
     GOMP,
@@ -121,7 +122,7 @@ from .sqf_vectors import (
     rank,
 )
 
-REVISION = 28
+REVISION = 29
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 _LARGEST = 8290000.0
 """Of a fixed-point entry: its three signed digits to the base 256 stay within [-128, 127]."""
@@ -148,6 +149,29 @@ _rank = rank()
 
 
 @jit
+def _remainder_sums(matrix: Any, first: int, last: int, fixed: Any, sums: Any) -> None:  # noqa: ANN401
+    """Fill sums (last - first) with the remainder's products, of its rows first..last with integers fixed (n).
+
+    They are differences of one running sum, which is exact: a loop over each row's few nonzeros ends at another number
+    every time, which no processor foresees.
+    """
+    starts = carray(at_int32(matrix[STARTS]), matrix[M] + 1)
+    start, end = starts[first], starts[last]
+    values = carray(at_int16(matrix[VALUES]), end)[start:end]
+    columns = carray(at_uint16(matrix[COLUMNS]), end)[start:end]
+    running = np.empty(len(values) + 1, np.int64)
+    total, behind = np.int64(0), running[1:]
+    for e in range(len(values)):
+        total += np.int64(values[e]) * np.int64(fixed[columns[e]])
+        behind[e] = total
+    running[0] = before = np.int64(0)
+    for i in range(last - first):
+        now = running[starts[first + i + 1] - start]
+        sums[i] = now - before
+        before = now
+
+
+@jit
 def _multiply_rows(address: int, first: int, last: int, passing: bool) -> None:  # noqa: C901 (a nest of loops)
     """Fill the columns first..last of y; codes that are ``passing`` leave the caches to what comes next."""
     call = carray(at_int64(address), CALL_FIELDS)
@@ -162,30 +186,26 @@ def _multiply_rows(address: int, first: int, last: int, passing: bool) -> None: 
     exact = call[TASK] == BYTES
     most = (1 if kind == INT4 or BYTE_PRODUCTS < 64 else 2) if exact else 4
     z_stride, x_stride = row_bytes(kind, n), call[OPERAND_STRIDE]
-    sums, digits = np.zeros(16 * TALL, np.float32), np.zeros(16 * TALL, np.int32)  # written in whole vectors
-    lines = np.zeros((most, last - first), np.float32)
+    count = last - first
+    lines = np.zeros((most, count), np.float32)
     bits = lines.view(np.uint32)
+    sums = np.zeros(16 * TALL, np.float32)  # written in whole vectors, as the digits
+    digits = np.zeros(3 * most * count + 16 * TALL if exact else 0, np.int32)
+    fixed, apart = carray(at_int32(call[FIXED]), (batch, n)), np.zeros(count if exact else 0, np.float64)
     group = 0
     while group < batch:
         wide = most if batch - group >= most else 1
+        tile = BYTE_TILE if exact else TALL if wide == 1 else TILE
         i = first
         while i < last and kind != NONE:
-            tile = BYTE_TILE if exact else TALL if wide == 1 else TILE
             tall = tile if last - i >= tile else 1
             now = wide if tall == tile else 1
             z = matrix[CODES] + i * z_stride
             for b in range(0, wide, now):
                 inputs = call[OPERAND] + (group + b) * x_stride
                 if exact:
-                    byte_tile(
-                        kind, tall, now, z, z_stride, inputs, x_stride, call[PLANE], call[COUNT], digits.ctypes.data
-                    )
-                    for c in range(now):
-                        unit, offset = scales[group + b + c, 0], scales[group + b + c, 1]
-                        for r in range(tall):
-                            d = 3 * (r * now + c)
-                            total = np.int64(digits[d + 2]) * 65536 + np.int64(digits[d + 1]) * 256 + digits[d]
-                            lines[b + c, i - first + r] = total * unit - offset
+                    out = digits.ctypes.data + 12 * ((i - first) * wide + b)
+                    byte_tile(kind, tall, now, z, z_stride, inputs, x_stride, call[PLANE], call[COUNT], out)
                 else:
                     float_tile(
                         kind, tall, now, z, z_stride, inputs, x_stride, call[PLANE], call[COUNT], sums.ctypes.data
@@ -197,9 +217,17 @@ def _multiply_rows(address: int, first: int, last: int, passing: bool) -> None: 
                 for line in range(z, z + tall * z_stride, LINE):
                     _give_up(line)
             i += tall
+        for c in range(wide if exact else 0):  # a loop of its own: vectors
+            unit, offset, line = scales[group + c, 0], scales[group + c, 1], lines[c]
+            if matrix[STARTS] != 0:
+                _remainder_sums(matrix, first, last, fixed[group + c], apart)
+            for r in range(count):
+                d = 3 * (r * wide + c)  # the sums are integers below 2^53
+                total = np.float64(digits[d + 2]) * 65536 + np.float64(digits[d + 1]) * 256 + np.float64(digits[d])
+                line[r] = (total + apart[r]) * unit - offset
         for c in range(wide):
             line = lines[c]
-            if matrix[STARTS] != 0:
+            if matrix[STARTS] != 0 and not exact:
                 for i in range(first, last):
                     total = np.float32(0)
                     for e in range(starts[i], starts[i + 1]):
@@ -402,8 +430,10 @@ def _multiply_many(
 
 
 @jit
-def _fixed_point(x: Any, n: int, halved: bool, digits: Any, scale: Any) -> bool:  # noqa: ANN401
-    """Cut one row x (n) of float32 into planes of signed digits to the base 256; scale = (unit, offset's product).
+def _fixed_point(x: Any, n: int, halved: bool, fixed: Any, digits: Any, scale: Any) -> bool:  # noqa: ANN401
+    """Make one row x (n) of float32 integers, fixed (n), and cut these into planes of signed digits to the base 256.
+
+    scale = (unit, offset's product).
 
     Return False where the row has no such form: infinities, NaN, next to nothing but zeros.
     """
@@ -421,11 +451,12 @@ def _fixed_point(x: Any, n: int, halved: bool, digits: Any, scale: Any) -> bool:
     total = np.int64(0)
     for part in range(2 if halved else 1):
         start = part * half
-        inputs, count = x[start:], min(half, n - start)
+        inputs, whole, count = x[start:], fixed[start:], min(half, n - start)
         low, middle, high = digits[3 * part], digits[3 * part + 1], digits[3 * part + 2]
         for k in range(count):
             value = np.int32(np.floor(inputs[k] * inverse + np.float32(0.5)))
             total += value
+            whole[k] = value
             carried = np.int32(np.int32(value + np.int32(128)) >> np.int32(8))
             low[k] = np.int8(value)
             middle[k] = np.int8(carried)
@@ -463,13 +494,14 @@ def _multiply(  # noqa: C901 (what each kind of product needs)
     planes = 6 if kind == INT4 else 3
     octets = np.zeros(batch * planes * plane + LINE, np.int8)
     digits = carray(at_int8(in_lines(octets.ctypes.data)), (batch, planes, plane))  # no vector lies in two lines
+    fixed = np.empty((batch if exact else 0, n), np.int32)
     if exact:
         for b in range(batch):
-            exact = exact and _fixed_point(scaled[b], n, kind == INT4, digits[b], scales[b])
+            exact = exact and _fixed_point(scaled[b], n, kind == INT4, fixed[b], digits[b], scales[b])
     halved = kind == INT4 and not exact
     pairs = np.zeros((batch if halved else 0, 2, (width + LANES - 1) // LANES * LANES), np.float32)
     if exact:
-        call[TASK], call[OPERAND] = BYTES, digits.ctypes.data
+        call[TASK], call[OPERAND], call[FIXED] = BYTES, digits.ctypes.data, fixed.ctypes.data
         call[OPERAND_STRIDE], call[PLANE], call[COUNT] = digits.shape[1] * plane, plane, plane // 64
     elif halved:
         for b in range(batch):
@@ -483,7 +515,8 @@ def _multiply(  # noqa: C901 (what each kind of product needs)
         call[OPERAND], call[OPERAND_STRIDE] = scaled.ctypes.data, 4 * scaled.shape[1]
         call[COUNT] = scaled.shape[1] // LANES
     _run(call, matrix, batch, threads)
-    return call[NEXT] + scaled.size + octets.size + pairs.size + scales.size  # used here: so they live until now
+    used = scaled.size + octets.size + fixed.size + pairs.size + scales.size  # here: so they live until now
+    return call[NEXT] + used
 
 
 def _decode(descriptor: int, ids: int, first: int, count: int, y: int, dtype: int, threads: int) -> int:

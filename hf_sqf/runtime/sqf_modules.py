@@ -36,6 +36,7 @@ from .sqf_running import Running
 
 SUFFIX = "_factors"
 """Of a packed parameter's name. An underscore: renaming patterns of transformers end at a word's boundary."""
+_WEIGHT = "weight" + SUFFIX
 
 
 _SIZES = frozenset({"num_embeddings", "embedding_dim", "in_features", "out_features"})
@@ -91,6 +92,7 @@ class SQFModule(nn.Module):
     runtime: str
     waiting: bool
     _running: dict[str, tuple[nn.Parameter, int, int | None, list[Running]]]
+    _few: tuple[nn.Parameter, int, int, Callable[[Tensor, Tensor | None], Tensor | None]] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Make what the module was made from: PEFT builds parts of an adapter by the type of the layer it adapts."""
@@ -134,7 +136,14 @@ class SQFModule(nn.Module):
         found = matrices_in(data, self.runtime, self.compute_dtype, self.held[name].name)
         version = None if data.is_inference() else data._version
         self._running[name] = data, data.data_ptr(), version, self._checked(name, found)
+        if name == "weight" and version is not None:
+            self._few = data, data.data_ptr(), version, found[0].few
         return found
+
+    def _forget(self) -> None:
+        """Drop what :meth:`matrices` keeps: it would not be found to be of other bytes that lie where it had its."""
+        self._running.clear()
+        self._few = None
 
     def check(self, name: str = "weight") -> str:
         """Check the packed bytes of a weight, without decoding it; return the name that it was packed with, or "".
@@ -179,11 +188,17 @@ class SQFModule(nn.Module):
                     data.data = after if after.is_inference() == data.is_inference() else after.clone()
             release(before)  # of a mapped file, which stays mapped as long as one of its tensors is there
         self.runtime, self.waiting = runtime, False
-        self._running.clear()
+        self._forget()
 
     def _multiply(self, x: Tensor) -> Tensor:
-        bias = self._parameters["bias"]
+        parameters = self._parameters
+        bias = parameters["bias"]
         if plain(x, bias):
+            if self._few is not None:  # what follows would find the same, by calls that take longer than some products
+                data, at, version, few = self._few
+                same = data is parameters[_WEIGHT] and data.data_ptr() == at and data._version == version
+                if same and not autocasting() and (y := few(x, bias)) is not None:
+                    return y
             return product(self.matrices()[0], under_autocast(x) if autocasting() else x, bias)
         m, n = self.held["weight"].matrix_shape
         x = under_autocast(x)
@@ -230,12 +245,12 @@ class SQFModule(nn.Module):
             raise TypeError("packed factors must stay uint8; cast floating-point tensors only, as .to(dtype) does")
         super()._apply(fn, recurse)
         self.compute_dtype = fn(torch.empty(1, dtype=self.compute_dtype)).dtype
-        self._running.clear()
+        self._forget()
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By the class it was made from: the compressed class may exist in this process only.
-        return _blank, (self.base, tuple(self.held)), {**self.__dict__, "_running": {}}
+        return _blank, (self.base, tuple(self.held)), {**self.__dict__, "_running": {}, "_few": None}
 
     def packed_size(self, name: str = "weight") -> int:
         """Return the bytes that a weight takes in a file, whatever it takes in memory."""
@@ -451,6 +466,7 @@ def decompress_module(module: SQFModule, dense: dict[nn.Parameter, nn.Parameter]
     for name in held:
         del module._parameters[name + SUFFIX]
     del module.held, module.compute_dtype, module.runtime, module.waiting, module._running
+    module.__dict__.pop("_few", None)
     module.__class__ = base  # type: ignore[assignment]
     for name, weight in weights.items():
         module.register_parameter(name, weight)

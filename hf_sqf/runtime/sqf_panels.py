@@ -53,7 +53,7 @@ from .sqf_jit import carray, jit
 from .sqf_tiles import panel_tile, transpose, transpose_columns, transpose_rows
 from .sqf_vectors import INT4, INT8, LANES, NONE, PANEL, WIDE
 
-REVISION = 28
+REVISION = 29
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 DEPTH = 1024
 """Most columns whose inputs, side by side, stay in the caches while all rows of a chunk are multiplied with them."""

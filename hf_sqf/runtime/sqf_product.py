@@ -27,6 +27,8 @@ def product(matrix: Running, x: Tensor, bias: Tensor | None) -> Tensor:
     m, n = matrix.shape
     if x.shape[-1] != n:
         raise ValueError(f"the last dimension of the input is {x.shape[-1]}, the weight expects {n}")
+    if x.device != matrix.device:
+        raise ValueError(f"the input is on {x.device}, the weight on {matrix.device}: they must be on one device")
     if not x.is_contiguous():
         x = x.contiguous()
     if not x.numel():

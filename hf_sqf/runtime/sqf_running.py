@@ -41,6 +41,13 @@ class Running:
         """
         raise NotImplementedError
 
+    def few(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return what :meth:`multiply` does, by the shortest way for few rows; None where that is not open.
+
+        Takes whatever a module is given.
+        """
+        return None
+
     def direct(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """Return what :meth:`multiply` does, without decoding W; None where it had better be decoded."""
         return None
@@ -90,7 +97,8 @@ class Grid(Running):
 
     def __init__(self, integers: Integers) -> None:
         self.integers, self.shape, self.device = integers, integers.shape, integers.device
-        self.direct = integers.multiply  # type: ignore[method-assign]  # one call less at batch 1
+        self.few = integers.few  # type: ignore[method-assign]  # a call less at batch 1; and so the others
+        self.direct = integers.multiply  # type: ignore[method-assign]
         self.decode = integers.decode  # type: ignore[method-assign]
         self.pick = integers.pick  # type: ignore[method-assign]
 

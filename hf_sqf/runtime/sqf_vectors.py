@@ -43,8 +43,11 @@ registers for."""
 BYTE_TILE = TILE if FEATURES.get("avx512f") else TALL
 """Rows of codes in a tile of products of bytes."""
 AHEAD = 9216
-"""Bytes between the codes that are multiplied and those that are fetched, into the second level of caches: tiles of
-short rows are no stream that the processor would see coming. Measured on matrices of 576 columns."""
+"""Bytes between the codes that are multiplied and those that are fetched: tiles of short rows are no stream that the
+processor would see coming. Measured on matrices of 576 columns."""
+_STAY = 0 if FEATURES.get("sse4a") and FEATURES.get("avxvnni") else 2
+"""How long a line that is fetched ahead is to stay, of LLVM's 0 to 3: into the second level of caches, or, on AMD's
+processors from Zen 5 on, past it, where it would take the place of what lies there between two products."""
 BYTE_PRODUCTS = 64 if FEATURES.get("avx512vnni") and FEATURES.get("avx512bw") else 32 if FEATURES.get("avx2") else 0
 """Bytes that the processor multiplies at a time in :func:`byte_dots`; 0: it cannot."""
 LOOKUPS = 32 if FEATURES.get("avx2") else 0
@@ -181,7 +184,7 @@ def _fetch_ahead(builder: Any, address: Any) -> None:  # noqa: ANN401
     prefetch = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), [line, flag, flag, flag]), "llvm.prefetch.p0"
     )
-    builder.call(prefetch, [builder.inttoptr(address, line), flag(0), flag(2), flag(1)])
+    builder.call(prefetch, [builder.inttoptr(address, line), flag(0), flag(_STAY), flag(1)])
 
 
 def _demote(builder: Any, address: Any) -> None:  # noqa: ANN401

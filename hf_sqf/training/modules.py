@@ -106,7 +106,7 @@ class TrainedModule(SQFModule):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (self.base, tuple(self.held)), {**self.__dict__, "_running": {}}
+        return _blank, (self.base, tuple(self.held)), {**self.__dict__, "_running": {}, "_few": None}
 
 
 @cache
@@ -147,5 +147,5 @@ def finish(module: TrainedModule) -> None:
     runtime = module.runtime_before
     del module.trained, module.runtime_before
     module.__class__ = type(module).compressed  # type: ignore[attr-defined]
-    module._running.clear()
+    module._forget()
     module.keep(runtime)
