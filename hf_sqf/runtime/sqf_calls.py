@@ -37,10 +37,10 @@ numbers threads, or 0."""
 MATRIX_FIELDS, CALL_FIELDS = 12, 25
 LINE = 64
 """Bytes of a line of the caches."""
-FLOATS, BYTES, DECODE, ROUND_CODES, ROUND_INPUTS, ADD, BY_LINES, BY_PANELS = range(8)
-"""Tasks of a call: products of floats, of bytes, decoding; rows of codes times their factors, and rows of inputs times
-the steps, each in bfloat16; products of few nonzeros, added to what is there; and products with inputs side by side, of
-which each thread has some rows of codes or some panels of inputs."""
+FLOATS, BYTES, DECODE, ROUND, ADD, BY_LINES, BY_PANELS = range(7)
+"""Tasks of a call: products of floats, of bytes, decoding; COUNT rows of inputs times the steps and then rows of codes
+times their factors, each in bfloat16; products of few nonzeros, added to what is there; and products with inputs side
+by side, of which each thread has some rows of codes or some panels of inputs."""
 
 at_int64 = address_as("int64")
 at_int32 = address_as("int32")

@@ -30,6 +30,8 @@ _SPARSE = 0.04
 """Share of nonzeros up to which a sparse product is the faster one."""
 _TILE = 1 << 21
 """Entries that are decoded at a time: fewer make more and slower matrix products, more are new memory in each call."""
+_TILE_ROWS = 64
+"""Rows in a tile are a multiple of it: torch's products are slower where their outputs begin within a vector."""
 _BLOCK = 1 << 20  # codes that are put into storage at a time
 _COMPILED = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _BFLOAT16_ROWS = 32 if FEATURES.get("avx512bf16") or FEATURES.get("amx-bf16") else None
@@ -197,22 +199,23 @@ class Integers:
         high = torch.bitwise_right_shift(stored - low, 4)
         return torch.cat([low, high[:, : n - width]], 1)
 
-    def few(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Return what :meth:`multiply` does for fewer than LANES rows of x; None for whatever else it is given.
+    def quick(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return what :meth:`multiply` does where that takes a kernel or two; None for whatever else it is given.
 
         What x and bias are is checked here: this is all that there is between a module and a kernel.
         """
         compiled, (m, n), shape = self._kernels, self.shape, x.shape
         dtype, size = _COMPILED.get(x.dtype), x.numel()
-        if compiled is None or dtype is None or shape[-1] != n or not 0 < size < LANES * n:
-            return None
-        if not (x.is_cpu and x.is_contiguous()):
+        if compiled is None or dtype is None or shape[-1] != n or not size or not (x.is_cpu and x.is_contiguous()):
             return None
         at = 0
         if bias is not None:
             if not (bias.is_cpu and bias.dtype == torch.float32 and bias.is_contiguous()):
                 return None
             at = bias.data_ptr()
+        if size >= LANES * n:
+            many = dtype == BFLOAT16 and many_in_bfloat16(x)
+            return self._in_bfloat16(compiled, x, bias) if many else None
         y = x.new_empty(*shape[:-1], m)  # sizes one by one: twice as soon as in a tuple
         compiled.multiply(self._address, x.data_ptr(), y.data_ptr(), at, size // n, dtype, torch.get_num_threads())
         return y
@@ -229,14 +232,12 @@ class Integers:
         batch = x.numel() // n if n else 0
         if compiled is None or not batch:
             return None
-        if batch < LANES and (y := self.few(x, bias)) is not None:
-            return y
+        if (found := self.quick(x, bias)) is not None:
+            return found
         dtype = _COMPILED.get(x.dtype)
         if dtype is None:
             y = self.multiply(x.float(), bias) if x.dtype == torch.float16 else None
             return None if y is None else y.to(x.dtype)
-        if dtype == BFLOAT16 and many_in_bfloat16(x):
-            return self._in_bfloat16(compiled, x, bias)
         y = x.new_empty(*x.shape[:-1], m)
         at = 0 if bias is None else bias.data_ptr()
         given, result, threads = x.data_ptr(), y.data_ptr(), torch.get_num_threads()
@@ -255,11 +256,11 @@ class Integers:
 
         Args:
             x: float32 (..., n), contiguous.
-            y: float32 (..., m), contiguous; changed in place.
+            y: float32 or bfloat16 (..., m), contiguous; changed in place.
         """
         assert self._kernels is not None and self.scattered
-        batch = x.numel() // self.shape[1]
-        self._kernels.add(self._address, x.data_ptr(), y.data_ptr(), batch, torch.get_num_threads())
+        batch, dtype = x.numel() // self.shape[1], _COMPILED[y.dtype]
+        self._kernels.add(self._address, x.data_ptr(), y.data_ptr(), batch, dtype, torch.get_num_threads())
 
     def _in_bfloat16(self, compiled: Kernels, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return what :meth:`multiply` does, by torch: (x . diag(steps)) . (diag(rows) . Z)^T, each factor in bfloat16.
@@ -269,13 +270,15 @@ class Integers:
         """
         m, n = self.shape
         threads = torch.get_num_threads()
-        scaled = x.new_empty(x.numel() // n, n)
-        compiled.round_inputs(self._address, x.data_ptr(), len(scaled), scaled.data_ptr(), threads)
+        batch = x.numel() // n
+        scaled = x.new_empty(batch, n)
 
         def rounded(first: int, last: int) -> Tensor:
             size = (last - first) * n  # in use until the tile's product is there
             rows = _scratch.of(2 * size)[: 2 * size].view(torch.bfloat16).view(last - first, n)
-            compiled.round_codes(self._address, first, last - first, rows.data_ptr(), threads)
+            inputs = batch if first == 0 else 0  # with the first tile
+            at = self._address, x.data_ptr(), inputs, scaled.data_ptr()
+            compiled.round(*at, first, last - first, rows.data_ptr(), threads)
             return rows
 
         return in_tiles(self.shape, rounded, scaled, bias).view(*x.shape[:-1], m)
@@ -320,12 +323,16 @@ class Integers:
         return rows
 
 
+def _tile_rows(n: int) -> int:
+    return max(_TILE // max(n, 1) // _TILE_ROWS, 1) * _TILE_ROWS
+
+
 def in_tiles(
     shape: tuple[int, int], decode: Callable[[int, int], Tensor], x: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """Return x . W^T + bias for W (m, n) that ``decode(first, last)`` gives row by row, some rows at a time."""
     m, n = shape
-    step = max(64, _TILE // max(n, 1))
+    step = _tile_rows(n)
     if m <= step:
         whole = decode(0, m)
         return torch.mm(x, whole.T) if bias is None else torch.addmm(bias.to(x.dtype), x, whole.T)
@@ -343,7 +350,7 @@ def in_tiles(
 def transposed_in_tiles(shape: tuple[int, int], decode: Callable[[int, int], Tensor], y: Tensor) -> Tensor:
     """Return y . W, (batch, m) to (batch, n), for W as in :func:`in_tiles`; sums of tiles are taken in float32."""
     m, n = shape
-    step = max(64, _TILE // max(n, 1))
+    step = _tile_rows(n)
     x = torch.zeros((y.shape[0], n), dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
     for first in range(0, m, step):
         last = min(first + step, m)

@@ -64,8 +64,7 @@ from .sqf_calls import (
     PASSING,
     PLANE,
     RANK,
-    ROUND_CODES,
-    ROUND_INPUTS,
+    ROUND,
     ROWS,
     SCALED_STRIDE,
     SCALES,
@@ -316,26 +315,28 @@ def _round_codes(address: int, first: int, last: int) -> None:
 
 @jit
 def _round_inputs(address: int, first: int, last: int) -> None:
-    """Fill the rows first..last of y, bfloat16, with rows of x times the steps."""
+    """Fill the rows first..last of the operand, bfloat16, with rows of x times the steps."""
     call = carray(at_int64(address), CALL_FIELDS)
     matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
     n = matrix[N]
     steps, line = carray(at_float32(matrix[STEPS]), n), np.zeros(n, np.float32)
     for i in range(first, last):
         scale_row(call[INPUT] + 2 * i * n, BFLOAT16, n, steps, line)
-        round_row(line, carray(at_uint16(call[OUTPUT] + 2 * i * n), n))
+        round_row(line, carray(at_uint16(call[OPERAND] + 2 * i * n), n))
 
 
 @jit
 def _add_products(address: int, first: int, last: int) -> None:
-    """Add to the columns first..last of y, float32, the products with the nonzeros of a matrix that has no others."""
+    """Add to the columns first..last of y the products of x, float32, with a matrix that has nothing but nonzeros."""
     call = carray(at_int64(address), CALL_FIELDS)
     matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
     m, n, batch = matrix[M], matrix[N], call[BATCH]
     steps, rows = carray(at_float32(matrix[STEPS]), n), carray(at_float32(matrix[ROWS]), m)
     starts, columns = carray(at_int32(matrix[STARTS]), m + 1), carray(at_uint16(matrix[COLUMNS]), 1)
     values = carray(at_int16(matrix[VALUES]), 1)
-    x, y = carray(at_float32(call[INPUT]), (batch, n)), carray(at_float32(call[OUTPUT]), (batch, m))
+    x, halves = carray(at_float32(call[INPUT]), (batch, n)), carray(at_uint16(call[OUTPUT]), (batch, m))
+    y, one = carray(at_float32(call[OUTPUT]), (batch, m)), np.zeros(1, np.float32)
+    bits = one.view(np.uint32)
     for i in range(first, last):
         if starts[i] == starts[i + 1]:
             continue
@@ -343,7 +344,12 @@ def _add_products(address: int, first: int, last: int) -> None:
             total = np.float32(0)
             for e in range(starts[i], starts[i + 1]):
                 total += np.float32(values[e]) * (x[b, columns[e]] * steps[columns[e]])
-            y[b, i] += total * rows[i]
+            if call[DTYPE] == FLOAT32:
+                y[b, i] += total * rows[i]
+            else:
+                bits[0] = np.uint32(halves[b, i]) << np.uint32(16)
+                one[0] += total * rows[i]
+                halves[b, i] = to_bfloat16(bits[0])
 
 
 @jit
@@ -359,10 +365,10 @@ def _take_chunks(address: int) -> None:
         last = min(first + call[CHUNK], call[LAST])
         if call[TASK] == DECODE:
             _decode_rows(address, first, last)
-        elif call[TASK] == ROUND_CODES:
-            _round_codes(address, first, last)
-        elif call[TASK] == ROUND_INPUTS:
-            _round_inputs(address, first, last)
+        elif call[TASK] == ROUND:
+            inputs = call[COUNT]
+            _round_inputs(address, min(first, inputs), min(last, inputs))
+            _round_codes(address, max(first, inputs) - inputs, max(last, inputs) - inputs)
         elif call[TASK] == ADD:
             _add_products(address, first, last)
         elif call[TASK] in (BY_LINES, BY_PANELS):
@@ -525,22 +531,16 @@ def _decode(descriptor: int, ids: int, first: int, count: int, y: int, dtype: in
     return _fill(call, descriptor, count, y, threads)
 
 
-def _codes_rounded(descriptor: int, first: int, count: int, y: int, threads: int) -> int:
+def _round(descriptor: int, x: int, inputs: int, scaled: int, first: int, count: int, y: int, threads: int) -> int:
     call = np.zeros(CALL_FIELDS, np.int64)
-    call[TASK], call[FIRST_ROW] = ROUND_CODES, first
-    return _fill(call, descriptor, count, y, threads)
+    call[TASK], call[INPUT], call[COUNT], call[OPERAND], call[FIRST_ROW] = ROUND, x, inputs, scaled, first
+    return _fill(call, descriptor, inputs + count, y, threads)
 
 
-def _inputs_rounded(descriptor: int, x: int, count: int, y: int, threads: int) -> int:
-    call = np.zeros(CALL_FIELDS, np.int64)
-    call[TASK], call[INPUT] = ROUND_INPUTS, x
-    return _fill(call, descriptor, count, y, threads)
-
-
-def _add(descriptor: int, x: int, y: int, batch: int, threads: int) -> int:
+def _add(descriptor: int, x: int, y: int, batch: int, dtype: int, threads: int) -> int:
     matrix = carray(at_int64(descriptor), MATRIX_FIELDS)
     call = np.zeros(CALL_FIELDS, np.int64)
-    call[TASK], call[INPUT], call[BATCH] = ADD, x, batch
+    call[TASK], call[INPUT], call[BATCH], call[DTYPE] = ADD, x, batch, dtype
     return _fill(call, descriptor, matrix[M], y, threads)
 
 
@@ -567,10 +567,10 @@ class Kernels:
             bytes that it takes; else with 0.
         decode: ``(descriptor, ids, first, count, y, dtype, threads)``: y (count, n) = rows of W, with
             the int64 indices ``ids``, or from ``first`` on where that is 0.
-        round_codes: ``(descriptor, first, count, y, threads)``: y (count, n), bfloat16, = rows of codes from ``first``
-            on, times their factors.
-        round_inputs: ``(descriptor, x, count, y, threads)``: y = x times the steps, (count, n), bfloat16 both.
-        add: ``(descriptor, x, y, batch, threads)``: y += x . W^T, float32, for a matrix of no dense part.
+        round: ``(descriptor, x, inputs, scaled, first, count, y, threads)``: scaled (inputs, n) = x times the steps,
+            and y (count, n) = rows of codes from ``first`` on, times their factors; all bfloat16.
+        add: ``(descriptor, x, y, batch, dtype, threads)``: y += x . W^T, for a matrix of no dense part; x is float32, y
+            of ``dtype``.
         gomp: address of the fork of torch's OpenMP pool; 0 where torch has another: one thread works then.
         rank: address of what answers with a thread's number in it, or 0.
         worker: what the threads run.
@@ -583,8 +583,7 @@ class Kernels:
         self._keep: list[Any] = [worker]
         self.multiply, self.multiply_many = self._entry(_multiply, 7), self._entry(_multiply_many, 9)
         self.decode = self._entry(_decode, 7)
-        self.round_codes, self.round_inputs = self._entry(_codes_rounded, 5), self._entry(_inputs_rounded, 5)
-        self.add = self._entry(_add, 5)
+        self.round, self.add = self._entry(_round, 8), self._entry(_add, 6)
 
     def _entry(self, function: Callable[..., int], arguments: int) -> Callable[..., int]:
         compiled = cfunc(types.int64(*[types.int64] * arguments), cache=True)(function)

@@ -92,7 +92,7 @@ class SQFModule(nn.Module):
     runtime: str
     waiting: bool
     _running: dict[str, tuple[nn.Parameter, int, int | None, list[Running]]]
-    _few: tuple[nn.Parameter, int, int, Callable[[Tensor, Tensor | None], Tensor | None]] | None = None
+    _quick: tuple[nn.Parameter, int, int, Callable[[Tensor, Tensor | None], Tensor | None]] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Make what the module was made from: PEFT builds parts of an adapter by the type of the layer it adapts."""
@@ -137,13 +137,13 @@ class SQFModule(nn.Module):
         version = None if data.is_inference() else data._version
         self._running[name] = data, data.data_ptr(), version, self._checked(name, found)
         if name == "weight" and version is not None:
-            self._few = data, data.data_ptr(), version, found[0].few
+            self._quick = data, data.data_ptr(), version, found[0].quick
         return found
 
     def _forget(self) -> None:
         """Drop what :meth:`matrices` keeps: it would not be found to be of other bytes that lie where it had its."""
         self._running.clear()
-        self._few = None
+        self._quick = None
 
     def check(self, name: str = "weight") -> str:
         """Check the packed bytes of a weight, without decoding it; return the name that it was packed with, or "".
@@ -194,10 +194,12 @@ class SQFModule(nn.Module):
         parameters = self._parameters
         bias = parameters["bias"]
         if plain(x, bias):
-            if self._few is not None:  # what follows would find the same, by calls that take longer than some products
-                data, at, version, few = self._few
+            if (
+                self._quick is not None
+            ):  # what follows would find the same, by calls that take longer than some products
+                data, at, version, quick = self._quick
                 same = data is parameters[_WEIGHT] and data.data_ptr() == at and data._version == version
-                if same and not autocasting() and (y := few(x, bias)) is not None:
+                if same and not autocasting() and (y := quick(x, bias)) is not None:
                     return y
             return product(self.matrices()[0], under_autocast(x) if autocasting() else x, bias)
         m, n = self.held["weight"].matrix_shape
@@ -250,7 +252,7 @@ class SQFModule(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By the class it was made from: the compressed class may exist in this process only.
-        return _blank, (self.base, tuple(self.held)), {**self.__dict__, "_running": {}, "_few": None}
+        return _blank, (self.base, tuple(self.held)), {**self.__dict__, "_running": {}, "_quick": None}
 
     def packed_size(self, name: str = "weight") -> int:
         """Return the bytes that a weight takes in a file, whatever it takes in memory."""
@@ -466,7 +468,7 @@ def decompress_module(module: SQFModule, dense: dict[nn.Parameter, nn.Parameter]
     for name in held:
         del module._parameters[name + SUFFIX]
     del module.held, module.compute_dtype, module.runtime, module.waiting, module._running
-    module.__dict__.pop("_few", None)
+    module.__dict__.pop("_quick", None)
     module.__class__ = base  # type: ignore[assignment]
     for name, weight in weights.items():
         module.register_parameter(name, weight)

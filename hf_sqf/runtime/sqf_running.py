@@ -41,8 +41,8 @@ class Running:
         """
         raise NotImplementedError
 
-    def few(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Return what :meth:`multiply` does, by the shortest way for few rows; None where that is not open.
+    def quick(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return what :meth:`multiply` does, by the shortest way; None where that is not open.
 
         Takes whatever a module is given.
         """
@@ -97,7 +97,7 @@ class Grid(Running):
 
     def __init__(self, integers: Integers) -> None:
         self.integers, self.shape, self.device = integers, integers.shape, integers.device
-        self.few = integers.few  # type: ignore[method-assign]  # a call less at batch 1; and so the others
+        self.quick = integers.quick  # type: ignore[method-assign]  # a call less at batch 1; and so the others
         self.direct = integers.multiply  # type: ignore[method-assign]
         self.decode = integers.decode  # type: ignore[method-assign]
         self.pick = integers.pick  # type: ignore[method-assign]
@@ -218,12 +218,14 @@ class Sum(Running):
             if y is None:
                 decoded.append(part)
             else:
-                products.append(y.float())
+                products.append(y)
         if not products:
             return None
         if decoded:
             products.append(Sum(decoded)._decoded(given.float()))
-        total = _total(products if bias is None else [*products, bias])
+        if bias is not None:
+            products.append(bias)
+        total = _total([y.float() for y in products]) if len(products) > 1 else products[0]
         for scattered in self._scattered:
             scattered.integers.add(given.float(), total)
         return total.to(x.dtype)

@@ -106,7 +106,7 @@ class TrainedModule(SQFModule):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (self.base, tuple(self.held)), {**self.__dict__, "_running": {}, "_few": None}
+        return _blank, (self.base, tuple(self.held)), {**self.__dict__, "_running": {}, "_quick": None}
 
 
 @cache

@@ -149,9 +149,10 @@ def test_products_in_bfloat16_are_those_of_scaled_inputs_and_scaled_codes(kind, 
             torch.set_num_threads(count)
             scaled, weight = torch.empty_like(x), torch.empty((301, n), dtype=torch.bfloat16)
             kernels = sqf_kernels.kernels()
-            kernels.round_inputs(matrix._address, x.data_ptr(), len(x), scaled.data_ptr(), count)
-            kernels.round_codes(matrix._address, 7, 294, weight[7:].data_ptr(), count)
-            kernels.round_codes(matrix._address, 0, 7, weight.data_ptr(), count)
+            kernels.round(
+                matrix._address, x.data_ptr(), len(x), scaled.data_ptr(), 7, 294, weight[7:].data_ptr(), count
+            )
+            kernels.round(matrix._address, 0, 0, 0, 0, 7, weight.data_ptr(), count)
             torch.testing.assert_close(scaled, inputs, rtol=0.0, atol=0.0, equal_nan=True)
             assert torch.equal(weight, rounded)
     finally:
