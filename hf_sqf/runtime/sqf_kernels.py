@@ -56,7 +56,6 @@ from .sqf_calls import (
     LINES,
     MATRIX,
     MATRIX_FIELDS,
-    NEXT,
     OPERAND,
     OPERAND_STRIDE,
     OUTPUT,
@@ -73,7 +72,9 @@ from .sqf_calls import (
     STARTED,
     STARTS,
     STEPS,
+    TAKEN,
     TASK,
+    TEAM,
     VALUES,
     WORKER,
     M,
@@ -354,14 +355,22 @@ def _add_products(address: int, first: int, last: int) -> None:
 
 @jit
 def _take_chunks(address: int) -> None:
-    """Take chunks of rows until none is left: what each thread does."""
+    """Take chunks of rows until none is left: what each thread does.
+
+    A thread begins where its share of them begins, if all had equal ones: torch's products share rows out so, too, and
+    need not fetch from another processor's caches what this one has decoded. It goes on with what others left.
+    """
     call = carray(at_int64(address), CALL_FIELDS)
+    matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
     scratch = call[SCRATCH] + call[SCRATCH_STRIDE] * _fetch_add(address + 8 * STARTED, 1)
-    passing = call[PASSING] != 0 and _rank(call[PASSING]) == 0
-    while True:
-        first = _fetch_add(address + 8 * NEXT, call[CHUNK])
-        if first >= call[LAST]:
-            break
+    rank = _rank(matrix[RANK]) if call[TEAM] > 1 and matrix[RANK] != 0 else 0
+    passing = call[PASSING] != 0 and rank == 0
+    chunks = -(-call[LAST] // call[CHUNK])
+    for k in range(chunks):
+        chunk = (rank * chunks // call[TEAM] + k) % chunks
+        if _fetch_add(call[TAKEN] + 8 * chunk, 1) != 0:
+            continue
+        first = chunk * call[CHUNK]
         last = min(first + call[CHUNK], call[LAST])
         if call[TASK] == DECODE:
             _decode_rows(address, first, last)
@@ -401,13 +410,15 @@ def _run(call: Any, matrix: Any, batch: int, threads: int) -> None:  # noqa: ANN
 
 @jit
 def _share_out(call: Any, matrix: Any, threads: int) -> None:  # noqa: ANN401
-    call[NEXT] = call[STARTED] = 0
+    taken = np.zeros(-(-call[LAST] // call[CHUNK]), np.int64)
+    call[TAKEN], call[TEAM], call[STARTED] = taken.ctypes.data, 1, 0
     if threads > 1 and matrix[GOMP] != 0 and call[LAST] > call[CHUNK]:
-        if call[BATCH] == 1:  # on one thread, giving lines up would take what it brings
-            call[PASSING] = matrix[RANK]
+        # On one thread, giving lines up would take what it brings.
+        call[TEAM], call[PASSING] = threads, call[BATCH] == 1 and matrix[RANK] != 0
         _parallel(matrix[GOMP], matrix[WORKER], call.ctypes.data, threads)
     else:
         _take_chunks(call.ctypes.data)
+    call[TAKEN] = 0 * taken.size  # used here: so it lives until now
 
 
 def _multiply_many(
@@ -432,7 +443,7 @@ def _multiply_many(
     call[MATRIX], call[INPUT], call[OUTPUT], call[BIAS] = descriptor, x, y, bias
     call[BATCH], call[DTYPE] = batch, dtype
     _share_out(call, matrix, threads)
-    return 0 * call[NEXT]  # used here: so it lives until now
+    return 0 * call[TAKEN]  # used here: so it lives until now
 
 
 @jit
@@ -522,7 +533,7 @@ def _multiply(  # noqa: C901 (what each kind of product needs)
         call[COUNT] = scaled.shape[1] // LANES
     _run(call, matrix, batch, threads)
     used = scaled.size + octets.size + fixed.size + pairs.size + scales.size  # here: so they live until now
-    return call[NEXT] + used
+    return call[TAKEN] + used
 
 
 def _decode(descriptor: int, ids: int, first: int, count: int, y: int, dtype: int, threads: int) -> int:
@@ -549,7 +560,7 @@ def _fill(call: Any, descriptor: int, count: int, y: int, threads: int) -> int: 
     matrix = carray(at_int64(descriptor), MATRIX_FIELDS)
     call[MATRIX], call[OUTPUT], call[LAST] = descriptor, y, count
     _run(call, matrix, 1, threads)
-    return call[NEXT]
+    return call[TAKEN]
 
 
 def _worker(call: int) -> None:
