@@ -11,12 +11,24 @@ from typing import Any
 import numpy as np
 
 from .sqf_jit import carray, jit
-from .sqf_vectors import INT4, INT16, LANES, LOOKUPS, WORD_LOOKUPS, address_as, lookup, lookup_words, unpack
+from .sqf_vectors import (
+    INT4,
+    INT6,
+    INT16,
+    LANES,
+    LOOKUPS,
+    NONE,
+    WORD_LOOKUPS,
+    address_as,
+    lookup,
+    lookup_words,
+    unpack,
+)
 
 REVISION = 29
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
-FLOAT32, BFLOAT16 = 0, 1
-"""Type of x and y."""
+FLOAT32, BFLOAT16, PAIRED = range(3)
+"""Type of x and y; PAIRED: bfloat16, and many rows are multiplied as such, two numbers at a time."""
 LARGEST_INT4 = 7
 """Codes in 4 bits lie in [-7, 7], so that ``16 high + low`` fits a signed byte."""
 SLACK = 64
@@ -174,6 +186,42 @@ def code_at(kind: int, n: int, z: int, k: int) -> int:
     if kind != INT4:
         return octets[k]
     return _low(octets[k]) if k < half else _high(octets[k - half])
+
+
+@jit
+def widen_row(matrix: Any, row: int, line: Any) -> None:  # noqa: ANN401
+    """Fill line (float32, n) with a row of codes."""
+    kind, n = matrix[KIND], matrix[N]
+    if kind == NONE:
+        line[:] = 0
+    else:
+        widen(kind, n, matrix[CODES] + row * row_bytes(kind, n), line)
+    if matrix[STARTS] != 0:
+        starts = carray(at_int32(matrix[STARTS]), matrix[M] + 1)
+        columns, values = carray(at_uint16(matrix[COLUMNS]), 1), carray(at_int16(matrix[VALUES]), 1)
+        for e in range(starts[row], starts[row + 1]):
+            line[columns[e]] += np.float32(values[e])
+
+
+@jit
+def round_codes(matrix: Any, row: int, factor: int, line: Any, halves: Any) -> None:  # noqa: ANN401
+    """Fill halves (uint16, n) with the bfloat16 of a row of codes times the float32 at factor; line has room for n."""
+    kind, n = matrix[KIND], matrix[N]
+    scale = carray(at_float32(factor), 1)[0]
+    if not (LOOKUPS > 0 if kind == INT4 else WORD_LOOKUPS > 0 and kind == INT6):
+        widen_row(matrix, row, line)
+        for k in range(n):
+            line[k] *= scale
+        round_row(line, halves)
+        return
+    z, one = matrix[CODES] + row * row_bytes(kind, n), line[:1]
+    look_up_row(kind, n, z, factor, one, halves)
+    if matrix[STARTS] != 0:
+        starts = carray(at_int32(matrix[STARTS]), matrix[M] + 1)
+        columns, values = carray(at_uint16(matrix[COLUMNS]), 1), carray(at_int16(matrix[VALUES]), 1)
+        for e in range(starts[row], starts[row + 1]):
+            one[0] = (code_at(kind, n, z, columns[e]) + values[e]) * scale
+            round_row(one, halves[columns[e] : columns[e] + 1])
 
 
 @jit

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .sqf_calls import BFLOAT16, FLOAT32, LARGEST_INT4, SLACK
+from .sqf_calls import BFLOAT16, FLOAT32, LARGEST_INT4, PAIRED, SLACK
 from .sqf_jit import HAVE_NUMBA
 from .sqf_kernels import Kernels, few_of, kernels
-from .sqf_vectors import FEATURES, INT4, INT6, INT8, INT16, LANES, NONE
+from .sqf_vectors import FEATURES, INT4, INT6, INT8, INT16, LANES, NONE, PAIRS
 
 INT32 = 32
 _DTYPES = {INT4: torch.int8, INT6: torch.int8, INT8: torch.int8, INT16: torch.int16, INT32: torch.int32}
@@ -214,31 +214,18 @@ class Integers:
                 return None
             at = bias.data_ptr()
         if size >= LANES * n:
-            many = dtype == BFLOAT16 and many_in_bfloat16(x)
-            return self._in_bfloat16(compiled, x, bias) if many else None
+            return self._many(compiled, x, bias, dtype)
         y = x.new_empty(*shape[:-1], m)  # sizes one by one: twice as soon as in a tuple
         compiled.multiply(self._address, x.data_ptr(), y.data_ptr(), at, size // n, dtype, torch.get_num_threads())
         return y
 
-    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """Return x . W^T + bias, x (..., n) to (..., m), without decoding W; None where that is not the way.
-
-        Args:
-            x: contiguous, of n columns.
-            bias: float32 (m,), contiguous.
-        """
-        compiled = self._kernels
+    def _many(self, compiled: Kernels, x: Tensor, bias: Tensor | None, dtype: int) -> Tensor:
+        if dtype == BFLOAT16 and many_in_bfloat16(x):
+            if not PAIRS:
+                return self._in_bfloat16(compiled, x, bias)
+            dtype = PAIRED
         m, n = self.shape
-        batch = x.numel() // n if n else 0
-        if compiled is None or not batch:
-            return None
-        if (found := self.quick(x, bias)) is not None:
-            return found
-        dtype = _COMPILED.get(x.dtype)
-        if dtype is None:
-            y = self.multiply(x.float(), bias) if x.dtype == torch.float16 else None
-            return None if y is None else y.to(x.dtype)
-        y = x.new_empty(*x.shape[:-1], m)
+        y, batch = x.new_empty(*x.shape[:-1], m), x.numel() // n
         at = 0 if bias is None else bias.data_ptr()
         given, result, threads = x.data_ptr(), y.data_ptr(), torch.get_num_threads()
         few = few_of(batch)
@@ -250,6 +237,18 @@ class Integers:
             given, result = given + many * n * x.itemsize, result + many * m * x.itemsize
             compiled.multiply(self._address, given, result, at, few, dtype, threads)
         return y
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """Return x . W^T + bias, x (..., n) to (..., m), without decoding W; None where that is not the way.
+
+        Args:
+            x: contiguous, of n columns.
+            bias: float32 (m,), contiguous.
+        """
+        if x.dtype != torch.float16:
+            return self.quick(x, bias)
+        y = self.quick(x.float(), bias)
+        return None if y is None else y.to(x.dtype)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add x . W^T to y, where the matrix is :attr:`scattered`: each output is touched that has a nonzero, no other.

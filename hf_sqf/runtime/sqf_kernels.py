@@ -86,19 +86,18 @@ from .sqf_calls import (
     at_int32,
     at_int64,
     at_uint16,
-    code_at,
     entry_bytes,
     in_lines,
-    look_up_row,
     padded,
+    round_codes,
     round_row,
     row_bytes,
     scale_row,
     to_bfloat16,
-    widen,
+    widen_row,
 )
 from .sqf_jit import HAVE_NUMBA, carray, cfunc, jit, types
-from .sqf_panels import columns_at_a_time, multiply_panels, scratch_bytes
+from .sqf_panels import multiply_panels, scratch_bytes, widened_at_a_time, words_of
 from .sqf_tiles import byte_tile, float_tile
 from .sqf_vectors import (
     BYTE_PRODUCTS,
@@ -108,13 +107,11 @@ from .sqf_vectors import (
     INT8,
     LANES,
     LARGEST_BYTE,
-    LOOKUPS,
     NONE,
     PANEL,
     TALL,
     TILE,
     WIDE,
-    WORD_LOOKUPS,
     fetch,
     fetch_add,
     give_up,
@@ -250,21 +247,6 @@ def _multiply_rows(address: int, first: int, last: int, passing: bool) -> None: 
 
 
 @jit
-def _widen_row(matrix: Any, row: int, line: Any) -> None:  # noqa: ANN401
-    """Fill line (float32, n) with a row of codes."""
-    kind, n = matrix[KIND], matrix[N]
-    if kind == NONE:
-        line[:] = 0
-    else:
-        widen(kind, n, matrix[CODES] + row * row_bytes(kind, n), line)
-    if matrix[STARTS] != 0:
-        starts = carray(at_int32(matrix[STARTS]), matrix[M] + 1)
-        columns, values = carray(at_uint16(matrix[COLUMNS]), 1), carray(at_int16(matrix[VALUES]), 1)
-        for e in range(starts[row], starts[row + 1]):
-            line[columns[e]] += np.float32(values[e])
-
-
-@jit
 def _decode_rows(address: int, first: int, last: int) -> None:
     """Fill the rows first..last of y with rows of the matrix."""
     call = carray(at_int64(address), CALL_FIELDS)
@@ -274,7 +256,7 @@ def _decode_rows(address: int, first: int, last: int) -> None:
     line = np.zeros(n, np.float32)
     for i in range(first, last):
         row = ids[i] if call[IDS] != 0 else call[FIRST_ROW] + i
-        _widen_row(matrix, row, line)
+        widen_row(matrix, row, line)
         scale = rows[row]
         if call[DTYPE] == FLOAT32:
             whole = carray(at_float32(call[OUTPUT] + 4 * i * n), n)
@@ -291,27 +273,12 @@ def _round_codes(address: int, first: int, last: int) -> None:
     """Fill the rows first..last of y, bfloat16, with rows of codes times their factors."""
     call = carray(at_int64(address), CALL_FIELDS)
     matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
-    m, n = matrix[M], matrix[N]
-    rows, starts = carray(at_float32(matrix[ROWS]), m), carray(at_int32(matrix[STARTS]), m + 1)
-    columns, values = carray(at_uint16(matrix[COLUMNS]), 1), carray(at_int16(matrix[VALUES]), 1)
-    line, one = np.zeros(n, np.float32), np.zeros(1, np.float32)
-    kind = matrix[KIND]
-    looked_up = LOOKUPS > 0 if kind == INT4 else WORD_LOOKUPS > 0 and kind == INT6
+    n = matrix[N]
+    line = np.zeros(n, np.float32)
     for i in range(first, last):
         row = call[FIRST_ROW] + i
         halves = carray(at_uint16(call[OUTPUT] + 2 * i * n), n)
-        if not looked_up:
-            _widen_row(matrix, row, line)
-            for k in range(n):
-                line[k] *= rows[row]
-            round_row(line, halves)
-            continue
-        z = matrix[CODES] + row * row_bytes(kind, n)
-        look_up_row(kind, n, z, matrix[ROWS] + 4 * row, one, halves)
-        if matrix[STARTS] != 0:
-            for e in range(starts[row], starts[row + 1]):
-                one[0] = (code_at(kind, n, z, columns[e]) + values[e]) * rows[row]
-                round_row(one, halves[columns[e] : columns[e] + 1])
+        round_codes(matrix, row, matrix[ROWS] + 4 * row, line, halves)
 
 
 @jit
@@ -432,11 +399,12 @@ def _multiply_many(
         call[TASK], call[LAST], call[CHUNK] = BY_PANELS, count, -(-count // threads)
     else:
         call[TASK], call[LAST], call[CHUNK] = BY_LINES, m, -(-m // (threads * _LINES)) * _LINES
-    codes = min(batch * n, _CHUNK_CODES)  # as many as inputs, which are read for each chunk
-    lines = max(codes // columns_at_a_time(n) // _PANEL_LINES, 1) * _PANEL_LINES
-    panels = min(max(_MOST_INPUTS // (n * LANES), WIDE), _MOST // LANES)
+    words = words_of(n, dtype)
+    codes = min(batch * words, _CHUNK_CODES)  # as many as inputs, which are read for each chunk
+    lines = max(codes // widened_at_a_time(words, dtype) // _PANEL_LINES, 1) * _PANEL_LINES
+    panels = min(max(_MOST_INPUTS // (words * LANES), WIDE), _MOST // LANES)
     call[LINES], call[PANELS] = min(lines, m), min(panels, count if call[TASK] == BY_LINES else call[CHUNK])
-    call[SCRATCH_STRIDE] = scratch_bytes(matrix, call[LINES], call[PANELS])
+    call[SCRATCH_STRIDE] = scratch_bytes(matrix, dtype, call[LINES], call[PANELS])
     if LINE + threads * call[SCRATCH_STRIDE] > room:
         return LINE + threads * call[SCRATCH_STRIDE]
     call[SCRATCH] = in_lines(scratch)  # no vector lies in two lines of the caches
@@ -574,8 +542,8 @@ class Kernels:
         multiply: ``(descriptor, x, y, bias, batch, dtype, threads)``: y = x . W^T + bias, for few rows. x (batch, n)
             and y (batch, m) are contiguous, of ``dtype``; bias float32 (m), or 0.
         multiply_many: ``(descriptor, x, y, bias, batch, dtype, threads, scratch, room)``: the same for LANES rows and
-            more, with ``room`` bytes at ``scratch``. Where that is too little nothing is done, and it answers with the
-            bytes that it takes; else with 0.
+            more, with ``room`` bytes at ``scratch``; ``dtype`` may be PAIRED. Where the room is too little nothing is
+            done, and it answers with the bytes that it takes; else with 0.
         decode: ``(descriptor, ids, first, count, y, dtype, threads)``: y (count, n) = rows of W, with
             the int64 indices ``ids``, or from ``first`` on where that is 0.
         round: ``(descriptor, x, inputs, scaled, first, count, y, threads)``: scaled (inputs, n) = x times the steps,

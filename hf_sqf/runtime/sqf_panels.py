@@ -3,6 +3,9 @@
 So one number of a row of codes meets LANES inputs in one instruction, and sums stay in the lanes where they are added
 up. A chunk of codes is widened to float32 first; W is nowhere as a whole. Each thread lays side by side what it
 multiplies: to fetch inputs from where another has put them takes longer, and nobody waits.
+
+Where a call is PAIRED, two bfloat16 take the place of each float32: of codes, which are exact up to 256, and of inputs
+times the steps. A *word* below is either.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from .sqf_calls import (
     MATRIX,
     MATRIX_FIELDS,
     OUTPUT,
+    PAIRED,
     PANELS,
     ROWS,
     STARTS,
@@ -44,13 +48,15 @@ from .sqf_calls import (
     entry_bytes,
     in_lines,
     padded,
+    round_codes,
+    round_row,
     row_bytes,
     scale_row,
     to_bfloat16,
     widen,
 )
 from .sqf_jit import carray, jit
-from .sqf_tiles import panel_tile, transpose, transpose_columns, transpose_rows
+from .sqf_tiles import pair_tile, panel_tile, transpose, transpose_columns, transpose_rows
 from .sqf_vectors import INT4, INT8, LANES, NONE, PANEL, WIDE
 
 REVISION = 29
@@ -60,25 +66,38 @@ DEPTH = 1024
 
 
 @jit
-def columns_at_a_time(n: int) -> int:
-    """Return how many columns are multiplied before the next ones: equal shares of n, of DEPTH at most."""
-    blocks = (n + DEPTH - 1) // DEPTH
-    return (n + blocks - 1) // blocks
+def words_of(n: int, dtype: int) -> int:
+    """Return the words in a row of n numbers."""
+    return (n + 1) // 2 if dtype == PAIRED else n
 
 
 @jit
-def scratch_bytes(matrix: Any, lines: int, panels: int) -> int:  # noqa: ANN401
+def columns_at_a_time(words: int) -> int:
+    """Return how many columns of words are multiplied before the next ones: equal shares, of DEPTH at most."""
+    blocks = (words + DEPTH - 1) // DEPTH
+    return (words + blocks - 1) // blocks
+
+
+@jit
+def widened_at_a_time(words: int, dtype: int) -> int:
+    """Return how many columns of words are widened before the next ones: pairs whole, which take half the room."""
+    return words if dtype == PAIRED else columns_at_a_time(words)
+
+
+@jit
+def scratch_bytes(matrix: Any, dtype: int, lines: int, panels: int) -> int:  # noqa: ANN401
     """Return the bytes that a thread needs for so many rows of codes and panels of inputs at a time."""
-    n = matrix[N]
-    octets = lines * n if matrix[KIND] == INT4 and n > DEPTH else 0
-    codes, sums = 4 * lines * columns_at_a_time(n), 4 * panels * lines * LANES
-    return (panels + 1) * _plane(n) + in_lines(codes) + in_lines(sums) + in_lines(octets)
+    words = words_of(matrix[N], dtype)
+    octets = lines * words if dtype != PAIRED and matrix[KIND] == INT4 and words > DEPTH else 0
+    codes, sums = 4 * lines * widened_at_a_time(words, dtype), 4 * panels * lines * LANES
+    leaving = 0 if dtype == FLOAT32 else 4 * lines * LANES
+    return (panels + 1) * _plane(words) + in_lines(codes) + in_lines(sums) + in_lines(octets) + in_lines(leaving)
 
 
 @jit
-def _plane(n: int) -> int:
+def _plane(words: int) -> int:
     """Return the bytes of a panel."""
-    return 4 * padded(n) * LANES
+    return 4 * padded(words) * LANES
 
 
 @jit
@@ -96,14 +115,15 @@ def multiply_panels(address: int, first: int, last: int, scratch: int) -> None:
     call = carray(at_int64(address), CALL_FIELDS)
     matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
     count, most = (call[BATCH] + LANES - 1) // LANES, call[PANELS]
-    inputs = scratch + _plane(matrix[N])
-    room = inputs + most * _plane(matrix[N])
+    words = words_of(matrix[N], call[DTYPE])
+    inputs = scratch + _plane(words)
+    room = inputs + most * _plane(words)
     start, end = 0, matrix[M]
     if call[TASK] == BY_LINES:
         start, end, first, last = first, last, 0, count
     for panel in range(first, last, most):
         now = min(most, last - panel)
-        kept = end - start > call[LINES] or matrix[N] > DEPTH  # else the next panels take the place of what is done
+        kept = end - start > call[LINES] or words > DEPTH  # else the next panels take the place of what is done
         for i in range(start, end, call[LINES]):
             rows = scratch if i == start else 0
             _multiply_chunk(call, matrix, i, min(i + call[LINES], end), panel, now, rows, inputs, kept, room)
@@ -111,7 +131,7 @@ def multiply_panels(address: int, first: int, last: int, scratch: int) -> None:
 
 @jit
 def _lay_side_by_side(call: Any, matrix: Any, first: int, count: int, rows: int, out: int) -> None:  # noqa: ANN401
-    """Scale the inputs of some panels and fill these, (n or more, LANES) each, from the address ``out`` on.
+    """Scale the inputs of some panels and fill these, (words or more, LANES) each, from the address ``out`` on.
 
     Args:
         call, matrix: their descriptors.
@@ -121,16 +141,23 @@ def _lay_side_by_side(call: Any, matrix: Any, first: int, count: int, rows: int,
         out: see above.
     """
     n, batch, dtype = matrix[N], call[BATCH], call[DTYPE]
-    steps, width = carray(at_float32(matrix[STEPS]), n), padded(n)
+    words = words_of(n, dtype)
+    steps, width = carray(at_float32(matrix[STEPS]), n), padded(words)
     scaled = carray(at_float32(rows), (LANES, width))
-    scaled[:, n:] = 0
+    scaled[:, n // 2 if dtype == PAIRED else n :] = 0
+    line = np.empty(n if dtype == PAIRED else 0, np.float32)
     for panel in range(first, first + count):
-        top, at = _top(batch, panel), out + (panel - first) * _plane(n)
+        top, at = _top(batch, panel), out + (panel - first) * _plane(words)
         if dtype == FLOAT32 and n == width:  # whole vectors need no copy
             transpose_columns(call[INPUT] + 4 * top * n, 4 * n, matrix[STEPS], n // LANES, at, 4 * LANES)
             continue
         for lane in range(LANES):
-            scale_row(call[INPUT] + (top + lane) * n * entry_bytes(dtype), dtype, n, steps, scaled[lane])
+            x = call[INPUT] + (top + lane) * n * entry_bytes(dtype)
+            if dtype == PAIRED:
+                scale_row(x, dtype, n, steps, line)
+                round_row(line, scaled[lane].view(np.uint16)[:n])
+            else:
+                scale_row(x, dtype, n, steps, scaled[lane])
         transpose(scaled.ctypes.data, 4 * width, width // LANES, at, 4 * LANES)
 
 
@@ -158,26 +185,32 @@ def _multiply_chunk(
         kept: whether they lie there one after another, and not those in use alone.
         room: address of room for codes and sums.
     """
-    n, height = matrix[N], last - first
-    depth = columns_at_a_time(n)
-    codes = carray(at_float32(room), (height, depth))
-    room += in_lines(4 * height * depth)
+    n, paired, height = matrix[N], call[DTYPE] == PAIRED, last - first
+    words = words_of(n, call[DTYPE])
+    depth, stride = columns_at_a_time(words), widened_at_a_time(words, call[DTYPE])
+    codes = carray(at_float32(room), (height, stride))
+    room += in_lines(4 * height * stride)
     sums = carray(at_float32(room), count * height * LANES)
-    octets = carray(at_int8(room + in_lines(4 * count * height * LANES)), height * n)
-    if matrix[KIND] == INT4 and n > DEPTH:  # a row's halves lie in the same bytes
+    room += in_lines(4 * count * height * LANES)
+    leaving = carray(at_float32(room), (LANES, height))
+    octets = carray(at_int8(room + (0 if call[DTYPE] == FLOAT32 else in_lines(4 * height * LANES))), height * n)
+    if paired:
+        _round_chunk(matrix, first, codes)
+    elif matrix[KIND] == INT4 and n > DEPTH:  # a row's halves lie in the same bytes
         for i in range(height):
             pairs = carray(at_int8(matrix[CODES] + (first + i) * row_bytes(INT4, n)), (n + 1) // 2)
             cut(pairs, octets[i * n : (i + 1) * n])
-    for k in range(0, n, depth):
-        now = min(depth, n - k)
-        _widen_chunk(matrix, octets, first, k, now, codes)
+    for k in range(0, words, depth):
+        now = min(depth, words - k)
+        if not paired:
+            _widen_chunk(matrix, octets, first, k, now, codes)
         done = 0
         while done < count:
             left = count - done
             vectors = 2 if left == 4 else min(left, WIDE)  # two and two wait less for each other than three and one
-            place = done if n > DEPTH else 0  # short rows have their sums at once
+            place = done if words > DEPTH else 0  # short rows have their sums at once
             part = sums[place * height * LANES : (place + vectors) * height * LANES]
-            x = inputs + (done if kept else 0) * _plane(n)
+            x = inputs + (done if kept else 0) * _plane(words)
             if k == 0:
                 part[:] = 0
                 if rows != 0:
@@ -187,11 +220,25 @@ def _multiply_chunk(
             while i < height:
                 tall = PANEL if height - i >= PANEL else 1
                 out = part.ctypes.data + 4 * i * vectors * LANES
-                panel_tile(tall, vectors, codes.ctypes.data + 4 * i * depth, 4 * depth, x, _plane(n), now, out)
+                z = codes.ctypes.data + 4 * (i * stride + (k if paired else 0))
+                if paired:
+                    pair_tile(tall, vectors, z, 4 * stride, x, _plane(words), now, out)
+                else:
+                    panel_tile(tall, vectors, z, 4 * stride, x, _plane(words), now, out)
                 i += tall
-            if k + now == n:
-                _finish(call, matrix, first, last, panel + done, part.reshape(height, vectors, LANES))
+            if k + now == words:
+                _finish(call, matrix, first, last, panel + done, part.reshape(height, vectors, LANES), leaving)
             done += vectors
+
+
+@jit
+def _round_chunk(matrix: Any, first: int, codes: Any) -> None:  # noqa: ANN401
+    """Fill codes (rows, words) with those of the rows from ``first`` on, in bfloat16."""
+    n = matrix[N]
+    line, one = np.empty(n, np.float32), np.ones(1, np.float32)
+    codes[:, n // 2 :] = 0
+    for i in range(len(codes)):
+        round_codes(matrix, first + i, one.ctypes.data, line, codes[i].view(np.uint16)[:n])
 
 
 @jit
@@ -223,27 +270,31 @@ def _widen_chunk(matrix: Any, octets: Any, first: int, k: int, now: int, codes: 
 
 
 @jit
-def _finish(call: Any, matrix: Any, first: int, last: int, panel: int, sums: Any) -> None:  # noqa: ANN401
-    """Write the columns first..last of y for some panels, from sums (rows, panels, LANES)."""
+def _finish(call: Any, matrix: Any, first: int, last: int, panel: int, sums: Any, leaving: Any) -> None:  # noqa: ANN401
+    """Write the columns first..last of y for some panels, from sums (rows, panels, LANES).
+
+    ``leaving`` is room (LANES, rows) for what is to become bfloat16.
+    """
     m, batch = matrix[M], call[BATCH]
     rows, bias = carray(at_float32(matrix[ROWS]), m), carray(at_float32(call[BIAS]), m)
     y, y_half = carray(at_float32(call[OUTPUT]), (batch, m)), carray(at_uint16(call[OUTPUT]), (batch, m))
     zeros, line = np.zeros(LANES, np.float32), np.empty(1, np.float32)
     bits = line.view(np.uint32)
-    vectors = sums.shape[1]
+    vectors, whole = sums.shape[1], call[DTYPE] == FLOAT32
     for v in range(vectors):
         top, done = _top(batch, panel + v), first
-        # float32 leaves in registers; one number at a time would take a tenth of the product's time.
-        while call[DTYPE] == FLOAT32 and last - done >= LANES:
+        while last - done >= LANES:  # in registers; one number at a time would take a tenth of the product's time
             offsets = bias[done:].ctypes.data if call[BIAS] != 0 else zeros.ctypes.data
-            out = call[OUTPUT] + 4 * (top * m + done)
+            out = call[OUTPUT] + 4 * (top * m + done) if whole else leaving.ctypes.data + 4 * (done - first)
             stride, at = 4 * vectors * LANES, sums.ctypes.data + 4 * LANES * ((done - first) * vectors + v)
-            transpose_rows(at, stride, rows[done:].ctypes.data, offsets, out, 4 * m)
+            transpose_rows(at, stride, rows[done:].ctypes.data, offsets, out, 4 * (m if whole else last - first))
             done += LANES
+        for lane in range(0 if whole else LANES):
+            round_row(leaving[lane], y_half[top + lane, first:done])
         for lane in range(LANES):
             for i in range(done, last):
                 value = sums[i - first, v, lane] * rows[i] + (bias[i] if call[BIAS] != 0 else np.float32(0))
-                if call[DTYPE] == FLOAT32:
+                if whole:
                     y[top + lane, i] = value
                 else:
                     line[0] = value

@@ -30,6 +30,8 @@ _float4_1, _float8_1, _float16_1 = (float_dots(kind, TALL, 1) for kind in (INT4,
 _float4_4, _float8_4, _float16_4 = (float_dots(kind, TILE, 4) for kind in (INT4, INT8, INT16))
 _row_1, _row_2, _row_3 = (panel_dots(1, vectors) for vectors in (1, 2, 3))
 _panel_1, _panel_2, _panel_3 = (panel_dots(PANEL, min(vectors, WIDE)) for vectors in (1, 2, 3))
+_pair_row_1, _pair_row_2, _pair_row_3 = (panel_dots(1, vectors, True) for vectors in (1, 2, 3))
+_pairs_1, _pairs_2, _pairs_3 = (panel_dots(PANEL, min(vectors, WIDE), True) for vectors in (1, 2, 3))
 _transpose, _transpose_columns, _transpose_rows = side_by_side(), side_by_side("columns"), side_by_side("rows")
 _byte4, _byte8 = (byte_dots(kind, 1, 1) for kind in (INT4, INT8))
 _byte4_1, _byte8_1 = (byte_dots(kind, BYTE_TILE, 1) for kind in (INT4, INT8))
@@ -103,6 +105,24 @@ def panel_tile(rows: int, vectors: int, z: int, z_stride: int, x: int, plane: in
         _panel_2(z, z_stride, x, 0, plane, count, out)
     else:
         _panel_3(z, z_stride, x, 0, plane, count, out)
+
+
+@jit
+def pair_tile(rows: int, vectors: int, z: int, z_stride: int, x: int, plane: int, count: int, out: int) -> None:
+    """Do as :func:`panel_tile`, with two bfloat16 in the place of a float of rows and inputs."""
+    if rows == 1:
+        if vectors == 1:
+            _pair_row_1(z, z_stride, x, 0, plane, count, out)
+        elif vectors == 2:
+            _pair_row_2(z, z_stride, x, 0, plane, count, out)
+        else:
+            _pair_row_3(z, z_stride, x, 0, plane, count, out)
+    elif vectors == 1:
+        _pairs_1(z, z_stride, x, 0, plane, count, out)
+    elif vectors == 2:
+        _pairs_2(z, z_stride, x, 0, plane, count, out)
+    else:
+        _pairs_3(z, z_stride, x, 0, plane, count, out)
 
 
 @jit

@@ -29,6 +29,19 @@ else:
     _named = _given if _given is not None else binding.get_host_cpu_features().flatten()
     FEATURES = {feature[1:]: feature[0] == "+" for feature in _named.split(",") if feature}
 
+    class _BFloat16(ir.Type):
+        """LLVM's type, which llvmlite does not have."""
+
+        def __str__(self) -> str:
+            return "bfloat"
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, _BFloat16)
+
+        def __hash__(self) -> int:
+            return hash(str(self))
+
+
 NONE, INT4, INT6, INT8, INT16 = 0, 4, 6, 8, 16
 """Storage of a matrix's dense part. INT6: a byte each, as INT8, for codes of 6 bits."""
 LANES = 16 if FEATURES.get("avx512f") else 8
@@ -40,6 +53,8 @@ TALL = 8
 PANEL, WIDE = (8, 3) if FEATURES.get("avx512f") else (6, 2)
 """Rows of floats that are multiplied with so many vectors of inputs side by side, or fewer: as many sums as there are
 registers for."""
+PAIRS = bool(FEATURES.get("avx512bf16") and not FEATURES.get("amx-bf16"))
+"""Whether :func:`panel_dots` multiplies bfloat16, two numbers at a time; AMX, which torch uses, is the faster one."""
 BYTE_TILE = TILE if FEATURES.get("avx512f") else TALL
 """Rows of codes in a tile of products of bytes."""
 AHEAD = 9216
@@ -413,19 +428,32 @@ def _every(builder: Any, address: Any, lanes: int = LANES) -> Any:  # noqa: ANN4
     return builder.shuffle_vector(lane, unknown, ir.Constant(mask, [0] * lanes))
 
 
-def panel_dots(rows: int, vectors: int) -> Any:  # noqa: ANN401
+def panel_dots(rows: int, vectors: int, paired: bool = False) -> Any:  # noqa: ANN401
     """Return what adds the dot products of ``rows`` rows of floats with inputs side by side to float32 ``out``.
 
     ``out`` is (rows, vectors x LANES). Inputs lie as (count, LANES): a number of each of LANES inputs, then the next
     ones; ``plane`` bytes behind them lie those of the next vector. So sums stay where they are added up, and nothing is
     summed over a vector in the end.
+
+    Where they are ``paired``, two bfloat16 stand in the place of each float of rows and inputs; sums are float32 still.
+    Without :data:`PAIRS` that is empty: see :func:`byte_dots`.
     """
+    if paired and not PAIRS:
+        return _dots(lambda builder, *args: None)
 
     def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
         word, floats = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
         places = [builder.add(out, word(4 * LANES * k)) for k in range(rows * vectors)]
         cells = [cgutils.alloca_once_value(builder, _load(builder, floats, place)) for place in places]
         z_rows = [builder.add(z, builder.mul(z_stride, word(r))) for r in range(rows)]
+
+        def added(total: Any, every: Any, vector: Any) -> Any:  # noqa: ANN401
+            if not paired:
+                return builder.fadd(total, builder.fmul(every, vector, flags=("contract",)), flags=("contract",))
+            halves = ir.VectorType(_BFloat16(), 2 * LANES)
+            product = _instruction(builder, "llvm.x86.avx512bf16.dpbf16ps.512", floats, [floats, halves, halves])
+            return builder.call(product, [total, builder.bitcast(every, halves), builder.bitcast(vector, halves)])
+
         with cgutils.for_range(builder, count) as loop:
             x_at = builder.add(x, builder.mul(loop.index, word(4 * LANES)))
             inputs = [_load(builder, floats, builder.add(x_at, builder.mul(plane, word(v)))) for v in range(vectors)]
@@ -433,8 +461,7 @@ def panel_dots(rows: int, vectors: int) -> Any:  # noqa: ANN401
             for r, row in enumerate(z_rows):
                 every = _every(builder, builder.add(row, z_at))
                 for vector, cell in zip(inputs, cells[r * vectors : (r + 1) * vectors], strict=True):
-                    product = builder.fmul(every, vector, flags=("contract",))
-                    builder.store(builder.fadd(builder.load(cell), product, flags=("contract",)), cell)
+                    builder.store(added(builder.load(cell), every, vector), cell)
         for place, cell in zip(places, cells, strict=True):
             builder.store(builder.load(cell), builder.inttoptr(place, floats.as_pointer())).align = 4
 
