@@ -34,9 +34,9 @@ _TILE_ROWS = 64
 """Rows in a tile are a multiple of it: torch's products are slower where their outputs begin within a vector."""
 _BLOCK = 1 << 20  # codes that are put into storage at a time
 _COMPILED = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
-_BFLOAT16_ROWS = 32 if FEATURES.get("avx512bf16") or FEATURES.get("amx-bf16") else None
-"""Rows of a bfloat16 input from which torch's product with rows of codes is the faster one: where the processor
-multiplies bfloat16 itself, at twice the rate of float32."""
+_BFLOAT16_ROWS = LANES if PAIRS else 32 if FEATURES.get("avx512bf16") or FEATURES.get("amx-bf16") else None
+"""Rows of a bfloat16 input from which products in bfloat16 are the faster ones: where the processor multiplies it
+itself, at twice the rate of float32. They are our own where it does so in PAIRS, else torch's."""
 
 
 class _Scratch(threading.local):
@@ -123,7 +123,7 @@ def check_ids(ids: Tensor, count: int) -> None:
 
 
 def many_in_bfloat16(x: Tensor) -> bool:
-    """Whether an input (..., n) has so many rows in bfloat16 that they are for torch's product with rows of codes."""
+    """Whether an input (..., n) has so many rows in bfloat16 that they are multiplied in bfloat16."""
     return x.dtype == torch.bfloat16 and _BFLOAT16_ROWS is not None and x.numel() >= _BFLOAT16_ROWS * x.shape[-1]
 
 

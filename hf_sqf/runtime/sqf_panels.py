@@ -56,7 +56,7 @@ from .sqf_calls import (
     widen,
 )
 from .sqf_jit import carray, jit
-from .sqf_tiles import pair_tile, panel_tile, transpose, transpose_columns, transpose_rows
+from .sqf_tiles import pair_tile, panel_tile, round_rows, transpose, transpose_columns, transpose_rows
 from .sqf_vectors import INT4, INT8, LANES, NONE, PANEL, WIDE
 
 REVISION = 29
@@ -90,8 +90,7 @@ def scratch_bytes(matrix: Any, dtype: int, lines: int, panels: int) -> int:  # n
     words = words_of(matrix[N], dtype)
     octets = lines * words if dtype != PAIRED and matrix[KIND] == INT4 and words > DEPTH else 0
     codes, sums = 4 * lines * widened_at_a_time(words, dtype), 4 * panels * lines * LANES
-    leaving = 0 if dtype == FLOAT32 else 4 * lines * LANES
-    return (panels + 1) * _plane(words) + in_lines(codes) + in_lines(sums) + in_lines(octets) + in_lines(leaving)
+    return (panels + 1) * _plane(words) + in_lines(codes) + in_lines(sums) + in_lines(octets)
 
 
 @jit
@@ -191,9 +190,7 @@ def _multiply_chunk(
     codes = carray(at_float32(room), (height, stride))
     room += in_lines(4 * height * stride)
     sums = carray(at_float32(room), count * height * LANES)
-    room += in_lines(4 * count * height * LANES)
-    leaving = carray(at_float32(room), (LANES, height))
-    octets = carray(at_int8(room + (0 if call[DTYPE] == FLOAT32 else in_lines(4 * height * LANES))), height * n)
+    octets = carray(at_int8(room + in_lines(4 * count * height * LANES)), height * n)
     if paired:
         _round_chunk(matrix, first, codes)
     elif matrix[KIND] == INT4 and n > DEPTH:  # a row's halves lie in the same bytes
@@ -227,7 +224,7 @@ def _multiply_chunk(
                     panel_tile(tall, vectors, z, 4 * stride, x, _plane(words), now, out)
                 i += tall
             if k + now == words:
-                _finish(call, matrix, first, last, panel + done, part.reshape(height, vectors, LANES), leaving)
+                _finish(call, matrix, first, last, panel + done, part.reshape(height, vectors, LANES))
             done += vectors
 
 
@@ -270,31 +267,29 @@ def _widen_chunk(matrix: Any, octets: Any, first: int, k: int, now: int, codes: 
 
 
 @jit
-def _finish(call: Any, matrix: Any, first: int, last: int, panel: int, sums: Any, leaving: Any) -> None:  # noqa: ANN401
-    """Write the columns first..last of y for some panels, from sums (rows, panels, LANES).
-
-    ``leaving`` is room (LANES, rows) for what is to become bfloat16.
-    """
+def _finish(call: Any, matrix: Any, first: int, last: int, panel: int, sums: Any) -> None:  # noqa: ANN401
+    """Write the columns first..last of y for some panels, from sums (rows, panels, LANES)."""
     m, batch = matrix[M], call[BATCH]
     rows, bias = carray(at_float32(matrix[ROWS]), m), carray(at_float32(call[BIAS]), m)
     y, y_half = carray(at_float32(call[OUTPUT]), (batch, m)), carray(at_uint16(call[OUTPUT]), (batch, m))
     zeros, line = np.zeros(LANES, np.float32), np.empty(1, np.float32)
     bits = line.view(np.uint32)
-    vectors, whole = sums.shape[1], call[DTYPE] == FLOAT32
+    vectors, size = sums.shape[1], entry_bytes(call[DTYPE])
     for v in range(vectors):
         top, done = _top(batch, panel + v), first
         while last - done >= LANES:  # in registers; one number at a time would take a tenth of the product's time
             offsets = bias[done:].ctypes.data if call[BIAS] != 0 else zeros.ctypes.data
-            out = call[OUTPUT] + 4 * (top * m + done) if whole else leaving.ctypes.data + 4 * (done - first)
+            factors, out = matrix[ROWS] + 4 * done, call[OUTPUT] + size * (top * m + done)
             stride, at = 4 * vectors * LANES, sums.ctypes.data + 4 * LANES * ((done - first) * vectors + v)
-            transpose_rows(at, stride, rows[done:].ctypes.data, offsets, out, 4 * (m if whole else last - first))
+            if call[DTYPE] == FLOAT32:
+                transpose_rows(at, stride, factors, offsets, out, size * m)
+            else:
+                round_rows(at, stride, factors, offsets, out, size * m)
             done += LANES
-        for lane in range(0 if whole else LANES):
-            round_row(leaving[lane], y_half[top + lane, first:done])
         for lane in range(LANES):
             for i in range(done, last):
                 value = sums[i - first, v, lane] * rows[i] + (bias[i] if call[BIAS] != 0 else np.float32(0))
-                if whole:
+                if call[DTYPE] == FLOAT32:
                     y[top + lane, i] = value
                 else:
                     line[0] = value

@@ -33,6 +33,7 @@ _panel_1, _panel_2, _panel_3 = (panel_dots(PANEL, min(vectors, WIDE)) for vector
 _pair_row_1, _pair_row_2, _pair_row_3 = (panel_dots(1, vectors, True) for vectors in (1, 2, 3))
 _pairs_1, _pairs_2, _pairs_3 = (panel_dots(PANEL, min(vectors, WIDE), True) for vectors in (1, 2, 3))
 _transpose, _transpose_columns, _transpose_rows = side_by_side(), side_by_side("columns"), side_by_side("rows")
+_round_rows = side_by_side("rows", rounded=True)
 _byte4, _byte8 = (byte_dots(kind, 1, 1) for kind in (INT4, INT8))
 _byte4_1, _byte8_1 = (byte_dots(kind, BYTE_TILE, 1) for kind in (INT4, INT8))
 _byte8_2 = byte_dots(INT8, BYTE_TILE, 2)  # two rows of 4-bit codes' six planes would not fit the registers
@@ -141,3 +142,9 @@ def transpose_columns(rows: int, stride: int, steps: int, count: int, out: int, 
 def transpose_rows(rows: int, stride: int, factors: int, offsets: int, out: int, out_stride: int) -> None:
     """Fill out, float32 (LANES, LANES), from rows times their factors plus their offsets, float32 (LANES) each."""
     _transpose_rows(rows, stride, factors, offsets, out_stride, 1, out)
+
+
+@jit
+def round_rows(rows: int, stride: int, factors: int, offsets: int, out: int, out_stride: int) -> None:
+    """Do as :func:`transpose_rows`, to bfloat16."""
+    _round_rows(rows, stride, factors, offsets, out_stride, 1, out)

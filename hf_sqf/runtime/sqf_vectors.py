@@ -336,16 +336,20 @@ def _tables(builder: Any, address: Any) -> list[Any]:  # noqa: ANN401
 
 def _rounded_products(builder: Any, address: Any, codes: list[int]) -> Any:  # noqa: ANN401
     """Return the products of codes with the float at an address; their upper halves are rounded to bfloat16."""
-    size = len(codes)
-    integers = ir.VectorType(ir.IntType(32), size)
+    floats = ir.Constant(ir.VectorType(ir.FloatType(), len(codes)), [float(code) for code in codes])
+    return _rounded(builder, builder.fmul(floats, _every(builder, address, len(codes))))
+
+
+def _rounded(builder: Any, floats: Any) -> Any:  # noqa: ANN401
+    """Return the bits of floats whose upper halves are rounded to bfloat16, to nearest even."""
+    integers = ir.VectorType(ir.IntType(32), floats.type.count)
 
     def every(value: int) -> Any:  # noqa: ANN401
-        return ir.Constant(integers, [value] * size)
+        return ir.Constant(integers, [value] * integers.count)
 
-    floats = ir.Constant(ir.VectorType(ir.FloatType(), size), [float(code) for code in codes])
-    bits = builder.bitcast(builder.fmul(floats, _every(builder, address, size)), integers)
+    bits = builder.bitcast(floats, integers)
     odd = builder.and_(builder.lshr(bits, every(16)), every(1))
-    return builder.add(bits, builder.add(odd, every(0x7FFF)))  # to nearest even; there are no NaNs
+    return builder.add(bits, builder.add(odd, every(0x7FFF)))
 
 
 def _upper_bits(builder: Any, words: Any, shift: int, kind: Any) -> Any:  # noqa: ANN401
@@ -379,11 +383,12 @@ def lookup_words() -> Any:  # noqa: ANN401
     return _dots(emit)
 
 
-def side_by_side(scaled: str = "") -> Any:  # noqa: ANN401
+def side_by_side(scaled: str = "", rounded: bool = False) -> Any:  # noqa: ANN401
     """Return what fills ``out``, float32 (count x LANES, LANES), with LANES rows of floats at ``z``, transposed.
 
     ``plane`` bytes lie between two rows of ``out``. Before, ``columns`` are scaled by the floats at ``x``, or ``rows``
-    by the floats at ``x`` and then moved by those at ``x_stride``.
+    by the floats at ``x`` and then moved by those at ``x_stride``. ``out`` is bfloat16 where it is to be ``rounded``;
+    NaNs must have nothing in their lower halves then, as those from bfloat16.
     """
 
     def emit(builder: Any, z: Any, z_stride: Any, x: Any, x_stride: Any, plane: Any, count: Any, out: Any) -> None:  # noqa: ANN401
@@ -414,7 +419,9 @@ def side_by_side(scaled: str = "") -> Any:  # noqa: ANN401
                 size //= 2
             for k, vector in enumerate(block):
                 place = builder.add(out, builder.mul(plane, builder.add(first, word(k))))
-                builder.store(vector, builder.inttoptr(place, floats.as_pointer())).align = 4
+                if rounded:
+                    vector = _upper_bits(builder, _rounded(builder, vector), 16, ir.IntType(16))
+                builder.store(vector, builder.inttoptr(place, vector.type.as_pointer())).align = 2 if rounded else 4
 
     return _dots(emit)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_sqf.runtime import sqf_integers, sqf_kernels
+from hf_sqf.runtime import sqf_integers, sqf_kernels, sqf_vectors
 from hf_sqf.runtime.sqf_container import pack
 from hf_sqf.runtime.sqf_factors import Factors, Term
 from hf_sqf.runtime.sqf_integers import Integers, kind_for, store
@@ -116,6 +116,7 @@ def test_dtypes(structure, dtype, compiled):
 @pytest.mark.parametrize("fast", [True, False])
 def test_many_bfloat16_rows_are_for_torch_where_the_processor_multiplies_bfloat16(fast, monkeypatch):
     monkeypatch.setattr(sqf_integers, "_BFLOAT16_ROWS", 32 if fast else None)
+    monkeypatch.setattr(sqf_integers, "PAIRS", False)
     shapes: list[tuple[int, ...]] = []
     product = torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda b, x, w: shapes.append(tuple(x.shape)) or product(b, x, w))
@@ -135,6 +136,7 @@ def test_many_bfloat16_rows_are_for_torch_where_the_processor_multiplies_bfloat1
 def test_products_in_bfloat16_are_those_of_scaled_inputs_and_scaled_codes(kind, n, monkeypatch):
     """Each rounded to nearest once, as torch does, codes beyond the storage's range too; nothing bad is lost."""
     monkeypatch.setattr(sqf_integers, "_BFLOAT16_ROWS", 1)
+    monkeypatch.setattr(sqf_integers, "PAIRS", False)
     codes = integers(torch.Generator().manual_seed(n), (301, n), 3.0, 3000)
     codes[0, 0] = codes[300, n - 1] = 2999
     matrix = Integers((301, n), kind, store(codes, kind), torch.rand(n) + 0.5, torch.rand(301) - 0.5)
@@ -158,6 +160,41 @@ def test_products_in_bfloat16_are_those_of_scaled_inputs_and_scaled_codes(kind, 
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(matrix.multiply(x), expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.skipif(not sqf_vectors.PAIRS, reason="a processor that multiplies pairs of bfloat16")
+@pytest.mark.parametrize("kind", [NONE, INT4, INT6, INT8, INT16])
+@pytest.mark.parametrize("shape", [(301, 1), (301, 63), (17, 64), (300, 577), (40, 2049), (33, 4100)])
+@pytest.mark.parametrize("batch", [16, 17, 64, 300])
+def test_products_of_pairs_are_those_of_scaled_inputs_and_codes(kind, shape, batch):
+    """Inputs times steps are rounded once, as codes beyond 256 are; factors and bias come after the sum in float32."""
+    m, n = shape
+    generator = torch.Generator().manual_seed(n + batch)
+    codes = integers(generator, (m, n), 3.0, 3000)
+    if kind == NONE:
+        codes *= torch.rand(m, n, generator=generator) < 0.1
+    codes[0, 0] = codes[m - 1, n - 1] = 2999
+    steps, rows, bias = (torch.rand(size, generator=generator) + 0.5 for size in (n, m, m))
+    matrix = Integers((m, n), kind, store(codes, kind), steps, rows)
+    x = torch.randn(batch, n, generator=generator).bfloat16()
+    rounded = codes.bfloat16().double().T
+    threads = torch.get_num_threads()
+    try:
+        for given in (None, bias):
+            expected = ((x * steps).bfloat16().double() @ rounded) * rows + (0 if given is None else given)
+            torch.set_num_threads(threads)
+            y = matrix.multiply(x, given)
+            assert y.dtype == torch.bfloat16
+            assert relative(y, expected) < 2**-8  # of a last rounding alone
+            for count in (1, 5):
+                torch.set_num_threads(count)
+                assert torch.equal(matrix.multiply(x, given), y)
+    finally:
+        torch.set_num_threads(threads)
+    x[1, 0], x[2, n - 1] = math.inf, math.nan
+    y = matrix.multiply(x)
+    assert not y[1:3].isfinite().all(1).any() and y[2].isnan().all()
+    assert torch.equal(y[3:], matrix.multiply(x.nan_to_num())[3:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
