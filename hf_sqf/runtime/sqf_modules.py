@@ -30,7 +30,7 @@ from .sqf_container import Record, records
 from .sqf_factors import Factors
 from .sqf_forms import keep_all, take_form, take_form_for_program
 from .sqf_memory import release
-from .sqf_product import autocasting, linear, matrix, plain, product, rows, under_autocast
+from .sqf_product import autocasting, linear, matrix, picked, plain, product, rows, under_autocast
 from .sqf_resident import is_resident, resident_backend
 from .sqf_running import Running
 
@@ -334,9 +334,9 @@ class SQFEmbedding(SQFModule, nn.Embedding):
         return self._pick(input)
 
     def _pick(self, input: Tensor) -> Tensor:
-        n = self.held["weight"].matrix_shape[1]
         if plain(input):
-            return self.matrices()[0].pick(input.reshape(-1).long(), self.compute_dtype).view(*input.shape, n)
+            return picked(self.matrices()[0], input, self.compute_dtype)
+        n = self.held["weight"].matrix_shape[1]
         return rows(input, self._operand("weight"), n, self.runtime, self.compute_dtype)
 
 

@@ -23,12 +23,15 @@ NAMESPACE = "sqf" if __name__ == "hf_sqf.runtime.sqf_product" else f"sqf_{zlib.c
 
 
 def product(matrix: Running, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``x . W^T + bias``, (..., n) to (..., m), outside of autograd."""
+    """Return ``x . W^T + bias``, (..., n) to (..., m), outside of autograd.
+
+    Raises:
+        ValueError: x is not of n columns, or on another device than W.
+    """
     m, n = matrix.shape
     if x.shape[-1] != n:
         raise ValueError(f"the last dimension of the input is {x.shape[-1]}, the weight expects {n}")
-    if x.device != matrix.device:
-        raise ValueError(f"the input is on {x.device}, the weight on {matrix.device}: they must be on one device")
+    _check_device(x, matrix)
     if not x.is_contiguous():
         x = x.contiguous()
     if not x.numel():
@@ -36,6 +39,22 @@ def product(matrix: Running, x: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
         bias = bias.float().contiguous()
     return matrix.multiply(x, bias)
+
+
+def picked(matrix: Running, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rows ``ids`` (integers of any shape) of W as (..., n); no other is decoded.
+
+    Raises:
+        IndexError: an index is out of range.
+        ValueError: ids and W are on different devices.
+    """
+    _check_device(ids, matrix)
+    return matrix.pick(ids.reshape(-1).long(), dtype).view(*ids.shape, matrix.shape[1])
+
+
+def _check_device(x: Tensor, matrix: Running) -> None:
+    if x.device != matrix.device:
+        raise ValueError(f"the input is on {x.device}, the weight on {matrix.device}: they must be on one device")
 
 
 # Found once: looking them up takes longer than the calls, between products that leave the caches to nothing else.
@@ -127,13 +146,8 @@ linear_transposed.register_autograd(_transposed_backward, setup_context=_transpo
 
 @torch.library.custom_op(f"{NAMESPACE}::rows", mutates_args=())
 def rows(ids: Tensor, data: Tensor, n: int, runtime: str, dtype: torch.dtype) -> Tensor:
-    """Return the rows ``ids`` (integers of any shape) of W as (..., n); no other is decoded.
-
-    Raises:
-        IndexError: an index is out of range.
-    """
-    flat = ids.reshape(-1).long()
-    return matrices_in(data, runtime, dtype)[0].pick(flat, dtype).view(*ids.shape, n)
+    """Return the rows ``ids`` (integers of any shape) of W as (..., n): see :func:`picked`."""
+    return picked(matrices_in(data, runtime, dtype)[0], ids, dtype)
 
 
 @rows.register_fake

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from itertools import product
 
 import pytest
 import torch
@@ -181,6 +182,41 @@ def test_bytes_changed_in_place_are_decoded_again():
     with torch.no_grad():
         module.weight_factors.set_(other)
     assert torch.equal(module(x), torch.zeros(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "runtime"),  # the file's bytes differ in size: they cannot be copied
+    [("copied", "int4"), ("copied", "int8"), *product(("data", "parameter"), ("int4", "int8", "stream"))],
+)
+def test_products_follow_the_bytes_whichever_way_they_change(change: str, runtime: str):
+    torch.manual_seed(0)
+    x = torch.randn(3, 12)
+    module, other = (compressed(nn.Linear(12, 8, bias=False), step=0.25) for _ in range(2))
+    for one in (module, other):
+        one.keep(runtime)
+    before, expected = module(x), other(x)
+    assert torch.equal(module(x), before) and not torch.equal(before, expected)
+    theirs = other.weight_factors
+    if change == "copied":
+        with torch.no_grad():
+            module.weight_factors.copy_(theirs)
+    elif change == "data":
+        module.weight_factors.data = theirs.data.clone()
+    else:
+        module.weight_factors = nn.Parameter(theirs.data.clone(), requires_grad=False)
+    assert torch.equal(module(x), expected)
+
+
+def test_an_input_on_another_device_is_an_error():
+    """And not a crash: kernels take addresses."""
+    linear, embedding = compressed(nn.Linear(12, 8, bias=False)), compressed(nn.Embedding(20, 8))
+    for batch in (1, 40):
+        linear(torch.randn(batch, 12))
+        for dtype in (torch.float32, torch.bfloat16):
+            with pytest.raises(ValueError, match="the input is on meta, the weight on cpu"):
+                linear(torch.empty(batch, 12, dtype=dtype, device="meta"))
+    with pytest.raises(ValueError, match="the input is on meta, the weight on cpu"):
+        embedding(torch.zeros(2, dtype=torch.long, device="meta"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
