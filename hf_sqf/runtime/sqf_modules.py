@@ -194,9 +194,7 @@ class SQFModule(nn.Module):
         parameters = self._parameters
         bias = parameters["bias"]
         if plain(x, bias):
-            if (
-                self._quick is not None
-            ):  # what follows would find the same, by calls that take longer than some products
+            if self._quick is not None:  # the same as below, by fewer calls: they take longer than some products
                 data, at, version, quick = self._quick
                 same = data is parameters[_WEIGHT] and data.data_ptr() == at and data._version == version
                 if same and not autocasting() and (y := quick(x, bias)) is not None:
