@@ -588,5 +588,5 @@ def few_of(batch: int) -> int:
 
 @lru_cache(maxsize=1)
 def kernels() -> Kernels | None:
-    """Return the compiled kernels, or None without numba. The first use on a machine compiles them: that takes a while."""
+    """Return the compiled kernels, or None without numba; the first use on a machine compiles them, for a while."""
     return Kernels() if HAVE_NUMBA else None
