@@ -25,7 +25,7 @@ from .sqf_vectors import (
     unpack,
 )
 
-REVISION = 29
+REVISION = 30
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 FLOAT32, BFLOAT16, PAIRED = range(3)
 """Type of x and y; PAIRED: bfloat16, and many rows are multiplied as such, two numbers at a time."""
@@ -40,14 +40,12 @@ rows (m), of the sparse remainder's int32 starts (m + 1), uint16 columns and int
 threads and works (see :class:`~.sqf_kernels.Kernels`). KIND is a storage."""
 
 (MATRIX, TASK, INPUT, SCALED_STRIDE, OPERAND, OPERAND_STRIDE, PLANE, COUNT, SCALES, OUTPUT, BIAS, BATCH, DTYPE, IDS,
- FIRST_ROW, LAST, CHUNK, TEAM, TAKEN, LINES, PANELS, SCRATCH, SCRATCH_STRIDE, STARTED, PASSING,
- FIXED) = range(26)  # fmt: skip
+ FIRST_ROW, LAST, CHUNK, TEAM, TAKEN, LINES, PANELS, SCRATCH, SCRATCH_STRIDE, STARTED, FIXED) = range(25)  # fmt: skip
 """Fields of a call, int64 each. INPUT: x, scaled where SCALED_STRIDE is given; OPERAND: what the inner products take,
 in rows or planes; LAST: of what is shared out among a TEAM of threads, a CHUNK at a time; TAKEN: the address of what
 says for each chunk that a thread has it. LINES and PANELS: most rows of codes and vectors of inputs at a time; SCRATCH:
-room for each thread, of those that have STARTED. PASSING: codes are read once and need not stay in the caches of
-whoever called, who has other things to do between two products."""
-MATRIX_FIELDS, CALL_FIELDS = 12, 26
+room for each thread, of those that have STARTED. FIXED: inputs as integers, which OPERAND has in digits."""
+MATRIX_FIELDS, CALL_FIELDS = 12, 25
 LINE = 64
 """Bytes of a line of the caches."""
 FLOATS, BYTES, DECODE, ROUND, ADD, BY_LINES, BY_PANELS = range(7)

@@ -208,13 +208,11 @@ class Integers:
         dtype, size = _COMPILED.get(x.dtype), x.numel()
         if compiled is None or dtype is None or shape[-1] != n or not size or not (x.is_cpu and x.is_contiguous()):
             return None
-        at = 0
-        if bias is not None:
-            if not (bias.is_cpu and bias.dtype == torch.float32 and bias.is_contiguous()):
-                return None
-            at = bias.data_ptr()
+        if bias is not None and not (bias.is_cpu and bias.dtype == torch.float32 and bias.is_contiguous()):
+            return None
         if size >= LANES * n:
             return self._many(compiled, x, bias, dtype)
+        at = 0 if bias is None else bias.data_ptr()
         y = x.new_empty(*shape[:-1], m)  # sizes one by one: twice as soon as in a tuple
         compiled.multiply(self._address, x.data_ptr(), y.data_ptr(), at, size // n, dtype, torch.get_num_threads())
         return y

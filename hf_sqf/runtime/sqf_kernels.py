@@ -60,7 +60,6 @@ from .sqf_calls import (
     OPERAND_STRIDE,
     OUTPUT,
     PANELS,
-    PASSING,
     PLANE,
     RANK,
     ROUND,
@@ -119,7 +118,7 @@ from .sqf_vectors import (
     rank,
 )
 
-REVISION = 29
+REVISION = 30
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 _LARGEST = 8290000.0
 """Of a fixed-point entry: its three signed digits to the base 256 stay within [-128, 127]."""
@@ -330,8 +329,10 @@ def _take_chunks(address: int) -> None:
     call = carray(at_int64(address), CALL_FIELDS)
     matrix = carray(at_int64(call[MATRIX]), MATRIX_FIELDS)
     scratch = call[SCRATCH] + call[SCRATCH_STRIDE] * _fetch_add(address + 8 * STARTED, 1)
-    rank = _rank(matrix[RANK]) if call[TEAM] > 1 and matrix[RANK] != 0 else 0
-    passing = call[PASSING] != 0 and rank == 0
+    numbered = call[TEAM] > 1 and matrix[RANK] != 0
+    rank = _rank(matrix[RANK]) if numbered else 0
+    # Whoever called has other things to do between two products; on one thread, giving lines up takes what it brings.
+    passing = numbered and rank == 0 and call[BATCH] == 1
     chunks = -(-call[LAST] // call[CHUNK])
     for k in range(chunks):
         chunk = (rank * chunks // call[TEAM] + k) % chunks
@@ -380,8 +381,7 @@ def _share_out(call: Any, matrix: Any, threads: int) -> None:  # noqa: ANN401
     taken = np.zeros(-(-call[LAST] // call[CHUNK]), np.int64)
     call[TAKEN], call[TEAM], call[STARTED] = taken.ctypes.data, 1, 0
     if threads > 1 and matrix[GOMP] != 0 and call[LAST] > call[CHUNK]:
-        # On one thread, giving lines up would take what it brings.
-        call[TEAM], call[PASSING] = threads, call[BATCH] == 1 and matrix[RANK] != 0
+        call[TEAM] = threads
         _parallel(matrix[GOMP], matrix[WORKER], call.ctypes.data, threads)
     else:
         _take_chunks(call.ctypes.data)

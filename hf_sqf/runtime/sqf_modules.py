@@ -92,7 +92,7 @@ class SQFModule(nn.Module):
     runtime: str
     waiting: bool
     _running: dict[str, tuple[nn.Parameter, int, int | None, list[Running]]]
-    _quick: tuple[nn.Parameter, int, int, Callable[[Tensor, Tensor | None], Tensor | None]] | None = None
+    _quick: tuple[nn.Parameter, int, int, Callable[[Tensor, Tensor | None], Tensor | None]] | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Make what the module was made from: PEFT builds parts of an adapter by the type of the layer it adapts."""
@@ -444,7 +444,7 @@ def compress_module(module: nn.Module, packed: dict[str, tuple[Held, nn.Paramete
     module.compute_dtype = dtype  # type: ignore[assignment]
     module.runtime = "auto"  # type: ignore[assignment]
     module.waiting = False  # type: ignore[assignment]
-    module._running = {}  # type: ignore[assignment]
+    module._running, module._quick = {}, None  # type: ignore[assignment]
     module._is_hf_initialized = True  # type: ignore[assignment]
     module.__class__ = _compressed_class(base, tuple(packed))  # type: ignore[arg-type]  # classes are hashable
 
@@ -465,8 +465,7 @@ def decompress_module(module: SQFModule, dense: dict[nn.Parameter, nn.Parameter]
         weights[name] = dense[packed]
     for name in held:
         del module._parameters[name + SUFFIX]
-    del module.held, module.compute_dtype, module.runtime, module.waiting, module._running
-    module.__dict__.pop("_quick", None)
+    del module.held, module.compute_dtype, module.runtime, module.waiting, module._running, module._quick
     module.__class__ = base  # type: ignore[assignment]
     for name, weight in weights.items():
         module.register_parameter(name, weight)

@@ -59,7 +59,7 @@ from .sqf_jit import carray, jit
 from .sqf_tiles import pair_tile, panel_tile, round_rows, transpose, transpose_columns, transpose_rows
 from .sqf_vectors import INT4, INT8, LANES, NONE, PANEL, WIDE
 
-REVISION = 29
+REVISION = 30
 """Of the vectors and tiles; see :mod:`sqf_vectors`."""
 DEPTH = 1024
 """Most columns whose inputs, side by side, stay in the caches while all rows of a chunk are multiplied with them."""

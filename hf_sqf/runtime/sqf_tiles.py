@@ -22,7 +22,7 @@ from .sqf_vectors import (
     side_by_side,
 )
 
-REVISION = 29
+REVISION = 30
 """Of the vectors; see :mod:`sqf_vectors`."""
 
 _float4, _float8, _float16 = (float_dots(kind, 1, 1) for kind in (INT4, INT8, INT16))
