@@ -65,10 +65,11 @@ class SQFCallback(TrainerCallback):
         every: optimizer steps from one projection of codes on a trellis to the next. In between, the codes are those
             of the last one.
         share: most of the codes that a step may change, those first whose latents have gone furthest; on a trellis a
-            few more have to go along. None: all of scalar and one-hot codes with an ``original``, else 0.002.
-        original: the model that was compressed, such as the teacher of a distillation. Latents of codes then start at
-            its weights instead of at the codes (as near as leaves the codes as they are), and training codes gets much
-            further: see :mod:`.latents`. It is left as it is, and may have any dtype.
+            few more have to go along. None: 0.002, but all of scalar and one-hot codes that start from an ``original``.
+        original: the model that was compressed, such as the teacher of a distillation. Latents of codes that were
+            rounded without data then start at its weights instead of at the codes (as near as leaves the codes as they
+            are), and training codes gets much further: see :mod:`.latents`. It is left as it is, and may have any
+            dtype.
         block_steps: steps in which each block is fitted to the original's before training from end to end begins, on
             batches of the training data, at the Trainer's learning rate: see :mod:`.blockwise`. Needs ``original``. A
             run that resumes from a checkpoint has had them.

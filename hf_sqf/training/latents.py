@@ -3,7 +3,11 @@
 A code is what its set had nearest to a number, and training goes on from the number: from the middle of its cell each
 code would have to go half a step before anything changes, and a zero would not know the weight that it came from. So
 a latent is put at the original's value where that lies within the cell of the code, and else at the cell's edge on the
-way there. The codes as they are remain the projection of the latents, whatever calibration made of them.
+way there. The codes as they are remain the projection of the latents.
+
+Calibration does not choose the nearest integers: each makes up for the errors of others. Where :func:`are_nearest` says
+so, latents start at the codes: at the edges of their cells, half of the codes would flip for any gradient, each for
+itself, and what they had made up for would be lost.
 
 =========  =====================================================================================
 integers   the cell of z is ``|z| - 1/2 + s/2 <= |x| < |z| + 1/2 + s/2`` with a dead zone of strength s
@@ -22,6 +26,7 @@ from ..runtime.sqf_factors import Factors, Term
 from .projecting import MOST
 
 _INSIDE = 0.98  # of the way to the edge of a cell
+_OUTSIDE = 0.125  # of the nonzeros, at most: solvers of products stop somewhat short of the nearest codes
 _TABLE = 1 << 22  # entries of a table of distances
 
 
@@ -41,6 +46,24 @@ def wanted_of(factors: Factors, original: Tensor) -> list[Tensor]:
     return found
 
 
+def are_nearest(term: Term, wanted: Tensor) -> bool:
+    """Return whether integers are about the nearest to what they stand for, as those chosen with data are not.
+
+    Args:
+        term: with codes (m', K). One-hot codes count as nearest; on a trellis those do that are a step away at most,
+            since the points of a state lie two apart.
+        wanted: what the term is to stand for, float32 (m', d).
+    """
+    if term.one_hot:
+        return True
+    numbers, nonzero = _numbers(term, wanted), term.codes != 0
+    codes = term.codes[nonzero].float()
+    further_out = numbers[nonzero] * codes.sign() - codes.abs()
+    half, zone = (1.0, 0.0) if term.trellis else (0.5, _dead_zone(term, numbers))
+    outside = (further_out < -half) | (further_out > half + 0.5 * zone)
+    return int(outside.sum()) <= _OUTSIDE * codes.numel()
+
+
 def nearest_latents(term: Term, wanted: Tensor) -> tuple[Tensor, float]:
     """Return latents that project to the codes as they are, and the strength at which they do.
 
@@ -51,19 +74,23 @@ def nearest_latents(term: Term, wanted: Tensor) -> tuple[Tensor, float]:
     Returns:
         Float32 of the shape of the codes, in steps; of one-hot ones (m', d), in units of the dictionary.
     """
-    blocks = wanted / term.row_values()[:, None]
     if term.one_hot:
-        return _in_cells_of_atoms(term, blocks / term.scale_value()), 0.0
-    if term.atoms is None:
-        numbers = blocks / term.step_values()
-    else:
-        numbers = least_squares_codes(blocks.double(), term.dictionary() * term.scale_value(), None).float()
+        return _in_cells_of_atoms(term, wanted / term.row_values()[:, None] / term.scale_value()), 0.0
+    numbers = _numbers(term, wanted)
     strength = 0.0 if term.trellis else _dead_zone(term, numbers)
     codes = term.codes.float()
     sign = torch.where(codes != 0, codes, numbers).sign()
     size, middle, half = numbers * sign, codes.abs(), 0.5 * _INSIDE
     low = torch.where(codes != 0, middle - half + 0.5 * strength, 0.0)
     return size.clamp_min(low).clamp_max(middle + half + 0.5 * strength) * sign, strength
+
+
+def _numbers(term: Term, wanted: Tensor) -> Tensor:
+    """Return what integers would be if they could be any numbers, float32 (m', K)."""
+    blocks = wanted / term.row_values()[:, None]
+    if term.atoms is None:
+        return blocks / term.step_values()
+    return least_squares_codes(blocks.double(), term.dictionary() * term.scale_value(), None).float()
 
 
 def _dead_zone(term: Term, numbers: Tensor) -> float:

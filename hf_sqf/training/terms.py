@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.sqf_factors import Term
-from .latents import nearest_latents
+from .latents import are_nearest, nearest_latents
 from .projecting import Limits, coded_bits, foremost
 from .straight_through import Integers, LogScale, Matrix, OneHot, Product, Rows, logs_of, nearest_exponents
 
@@ -80,8 +80,8 @@ class TrainedTerm:
         term: to train.
         structure: of the weight.
         options: how.
-        wanted: what the term is to stand for, float32 (m', d), which is where latents of codes start; without, they
-            start at the codes.
+        wanted: what the term is to stand for, float32 (m', d), which is where latents of codes start; without, and
+            where the codes are not the nearest to it, they start at the codes.
     """
 
     def __init__(self, term: Term, structure: str, options: Options, wanted: Tensor | None = None) -> None:
@@ -97,6 +97,8 @@ class TrainedTerm:
         self.term = self._finer(term)
         self.scale = float(term.scale_value())
         self.limits = Limits.of(term, structure)
+        if wanted is not None and not are_nearest(term, wanted):
+            wanted = None
         # On a trellis, where a change takes others along, all at once did harm wherever it was tried.
         all_at_once = wanted is not None and not term.trellis
         self._share = options.share or (1.0 if all_at_once else _SHARE)

@@ -1,11 +1,16 @@
 """Latents that start near the original: the codes stay, until gradients say otherwise."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hf_sqf import SQFCallback
+from hf_sqf.compress.factorize import solve
+from hf_sqf.compress.metric import Metric
+from hf_sqf.runtime.sqf_factors import Factors
 from hf_sqf.training.factors import TrainedWeight
-from hf_sqf.training.latents import nearest_latents, wanted_of
+from hf_sqf.training.latents import are_nearest, nearest_latents, wanted_of
 from tests.conftest import build
 from tests.training.conftest import compressed
 from tests.training.test_projecting import IDS, STRUCTURES, check, factors_of, options, weight_of
@@ -44,6 +49,49 @@ def test_they_lie_between_codes_and_original(structure: str, trellis: int):
             assert (latents - codes).abs().max() <= reach
         assert 0.0 <= strength < 1.0
         assert (latents - goal).square().mean() < 0.9 * (codes - goal).square().mean()
+
+
+INTEGERS = pytest.mark.parametrize(
+    ("structure", "trellis"),
+    [case for case in STRUCTURES if case[0] != "vq"],
+    ids=[name for name in IDS if name != "vq"],
+)
+
+
+def of_data() -> Metric:
+    inputs = torch.randn(24, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return Metric(H=inputs @ inputs.T + 0.1 * torch.eye(24, dtype=torch.float64))
+
+
+def solved(structure: str, trellis: int, noise: float, metric: Metric) -> Factors:
+    return solve(weight_of(0), metric, noise, structure, seed=0, trellis=trellis).factors
+
+
+@INTEGERS
+@pytest.mark.parametrize("noise", [0.2, 0.7, 1.5])
+def test_codes_chosen_with_data_are_told_from_nearest_ones(structure: str, trellis: int, noise: float):
+    for metric, expected in ((Metric(), True), (of_data(), False)):
+        factors = solved(structure, trellis, noise if metric.H is None else 3.0 * noise, metric)
+        for term, wanted in zip(factors.terms, wanted_of(factors, weight_of(0)), strict=True):
+            assert are_nearest(term, wanted) == expected
+
+
+@INTEGERS
+@pytest.mark.parametrize("share", [None, 1.0])
+def test_codes_chosen_with_data_start_where_they_are(structure: str, trellis: int, share: float | None):
+    """So that a small step changes none of them, whatever its direction; nearest ones start elsewhere."""
+    for metric, noise in ((Metric(), 0.7), (of_data(), 2.1)):
+        start = solved(structure, trellis, noise, metric)
+        weight = TrainedWeight("weight", [start], replace(options(), share=share), originals=[weight_of(0)])
+        draw = torch.Generator().manual_seed(9)
+        for term in weight.all_terms():
+            codes = term.parameters["codes"]
+            kept = term.memory()[codes]
+            assert torch.equal(kept["value"] * kept["unit"], term.term.codes.float()) == (metric.H is not None)
+            codes.data += 0.2 * torch.randn(codes.shape, generator=draw).sign()
+        weight.project(1)
+        if metric.H is not None:
+            assert all(term.changed == 0 for term in weight.all_terms())
 
 
 def test_the_parts_of_a_sum_stand_for_the_whole_together():
