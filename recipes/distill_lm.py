@@ -240,7 +240,7 @@ def write(
     record = {
         "model": args.model.rstrip("/").split("/")[-1],
         "mode": args.mode,
-        "bits": [size.bits_per_weight for size in sizes],
+        "bits": [size.bits_per_weight if size.compressed_rows else None for size in sizes],
         "bytes": [size.total_bytes for size in sizes],
         **record,
         "options": {name: str(value) for name, value in vars(args).items() if not isinstance(value, Path)},
@@ -251,9 +251,9 @@ def write(
     record["options"]["model"] = record["model"]
     keep = args.keep or RESULTS / f"{name}_{args.mode}"
     keep.parent.mkdir(exist_ok=True)
-    keep.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    keep.with_suffix(".json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     before, after = record[unit]
-    title = f"{record['model']}, {record['bits'][1]:.2f} bits, {args.mode}: {before:.4f} to {after:.4f}"
+    title = f"{record['model']}, {record['bits'][0]:.2f} bits, {args.mode}: {before:.4f} to {after:.4f}"
     draw(record["curve"], unit, label, title, keep.with_suffix(".png"))
     old, new = record["bytes"]
     print(f"{label}: {before:.5f} to {after:.5f}, {old:,} to {new:,} bytes, {record['steps']} steps")

@@ -7,8 +7,8 @@ with the original as the teacher, for as many steps and on the same paragraphs, 
 
 - scales alone;
 - codes, too, projected onto paths of the machine by Viterbi's algorithm every so many steps;
-- codes that may be any integers of the fine grid, all of them in every step as is usual for such codes, and at the end
-  the nearest paths that cost no more than at the start: the price of a bit is sought at which they do.
+- codes that may be any integers of the fine grid, and at the end the nearest paths that cost no more than at the start:
+  the price of a bit is sought at which they do.
 
 What is measured is 1 - cosine of mean-pooled embeddings to the original's, on held-out paragraphs of the same kind, and
 bits in the file. Writes ``results/projections.txt``.

@@ -194,6 +194,16 @@ FIGURES = [  # what a sentence says -> the file that is kept, and what stands th
         "distill_lm_light.json",
         r'"kl": \[\s+0\.2675\d+,\s+0\.2317\d+\s+\],\s+"steps": 150,\s+"seconds_per_step": 23\.04(.*\n)+.*"step": 1024',
     ),
+    (
+        "in 600 steps, with no codes to keep and no budget, go from 0.262 to 0.196",
+        "distill_lm_dense.json",
+        r'"kl": \[\s+0\.2620\d+,\s+0\.1958\d+\s+\],\s+"steps": 600',
+    ),
+    (
+        "all but the embeddings, go from 0.0179 to 0.0171 in 300 steps",
+        "distill_encoder_dense.json",
+        r'"distance": \[\s+0\.01789\d+,\s+0\.0171\d+\s+\],\s+"steps": 300',
+    ),
     ("the file grew by 0.03 %", "distill_lm_light.json", r'"bytes": \[\s+140537576,\s+140578152'),
     (
         "from 1 - cosine of 0.0174 to 0.0170 in 150 steps of 32 paragraphs, 20 minutes of processor time",
