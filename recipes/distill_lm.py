@@ -251,7 +251,7 @@ def write(
     record["options"]["model"] = record["model"]
     keep = args.keep or RESULTS / f"{name}_{args.mode}"
     keep.parent.mkdir(exist_ok=True)
-    keep.with_suffix(".json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    keep.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     before, after = record[unit]
     title = f"{record['model']}, {record['bits'][0]:.2f} bits, {args.mode}: {before:.4f} to {after:.4f}"
     draw(record["curve"], unit, label, title, keep.with_suffix(".png"))

@@ -113,7 +113,7 @@ def tune(folder: Path, out: Path, original: str, training: Training) -> None:
         data = Labelled(training.dataset, training.labels, training.inputs)
         reader = data.reader(model, original, training.context)
         rows, collate = data.examples(model, reader, training.samples), reader.collate
-        if training.mode != "light":  # codes start near the original's weights
+        if training.mode != "light":  # codes that were rounded without data start near the original's weights
             teacher = native.from_pretrained(original, dtype=model.dtype)
     elif tokenizer is None:
         raise ValueError(f"train: no tokenizer comes with {original}; without texts, training takes labels")

@@ -6,8 +6,8 @@ a latent is put at the original's value where that lies within the cell of the c
 way there. The codes as they are remain the projection of the latents.
 
 Calibration does not choose the nearest integers: each makes up for the errors of others. Where :func:`are_nearest` says
-so, latents start at the codes: at the edges of their cells, half of the codes would flip for any gradient, each for
-itself, and what they had made up for would be lost.
+so, latents start at the codes: at the edges of their cells, many codes would flip for any gradient, each for itself,
+and what they had made up for would be lost.
 
 =========  =====================================================================================
 integers   the cell of z is ``|z| - 1/2 + s/2 <= |x| < |z| + 1/2 + s/2`` with a dead zone of strength s
