@@ -5,9 +5,9 @@ code would have to go half a step before anything changes, and a zero would not 
 a latent is put at the original's value where that lies within the cell of the code, and else at the cell's edge on the
 way there. The codes as they are remain the projection of the latents.
 
-Calibration does not choose the nearest integers: each makes up for the errors of others. Where :func:`are_nearest` says
-so, latents start at the codes: at the edges of their cells, many codes would flip for any gradient, each for itself,
-and what they had made up for would be lost.
+Calibration does not choose the nearest integers: each makes up for the errors of others. Where too many lie outside of
+their cells, latents start at the codes: from the edges codes would flip for any gradient, each for itself, and what
+they had made up for would be lost.
 
 =========  =====================================================================================
 integers   the cell of z is ``|z| - 1/2 + s/2 <= |x| < |z| + 1/2 + s/2`` with a dead zone of strength s
@@ -46,25 +46,7 @@ def wanted_of(factors: Factors, original: Tensor) -> list[Tensor]:
     return found
 
 
-def are_nearest(term: Term, wanted: Tensor) -> bool:
-    """Return whether integers are about the nearest to what they stand for, as those chosen with data are not.
-
-    Args:
-        term: with codes (m', K). One-hot codes count as nearest; on a trellis those do that are a step away at most,
-            since the points of a state lie two apart.
-        wanted: what the term is to stand for, float32 (m', d).
-    """
-    if term.one_hot:
-        return True
-    numbers, nonzero = _numbers(term, wanted), term.codes != 0
-    codes = term.codes[nonzero].float()
-    further_out = numbers[nonzero] * codes.sign() - codes.abs()
-    half, zone = (1.0, 0.0) if term.trellis else (0.5, _dead_zone(term, numbers))
-    outside = (further_out < -half) | (further_out > half + 0.5 * zone)
-    return int(outside.sum()) <= _OUTSIDE * codes.numel()
-
-
-def nearest_latents(term: Term, wanted: Tensor) -> tuple[Tensor, float]:
+def nearest_latents(term: Term, wanted: Tensor) -> tuple[Tensor, float] | None:
     """Return latents that project to the codes as they are, and the strength at which they do.
 
     Args:
@@ -72,25 +54,33 @@ def nearest_latents(term: Term, wanted: Tensor) -> tuple[Tensor, float]:
         wanted: what the term is to stand for, float32 (m', d).
 
     Returns:
-        Float32 of the shape of the codes, in steps; of one-hot ones (m', d), in units of the dictionary.
+        Float32 of the shape of the codes, in steps; of one-hot ones (m', d), in units of the dictionary. None where
+        integers are not about the nearest to what they stand for, as those chosen with data are not.
     """
+    blocks = wanted / term.row_values()[:, None]
     if term.one_hot:
-        return _in_cells_of_atoms(term, wanted / term.row_values()[:, None] / term.scale_value()), 0.0
-    numbers = _numbers(term, wanted)
+        return _in_cells_of_atoms(term, blocks / term.scale_value()), 0.0
+    if term.atoms is None:
+        numbers = blocks / term.step_values()
+    else:
+        numbers = least_squares_codes(blocks.double(), term.dictionary() * term.scale_value(), None).float()
     strength = 0.0 if term.trellis else _dead_zone(term, numbers)
     codes = term.codes.float()
     sign = torch.where(codes != 0, codes, numbers).sign()
-    size, middle, half = numbers * sign, codes.abs(), 0.5 * _INSIDE
+    size, middle = numbers * sign, codes.abs()
+    if not _about_nearest(term, size - middle, strength):
+        return None
+    half = 0.5 * _INSIDE
     low = torch.where(codes != 0, middle - half + 0.5 * strength, 0.0)
     return size.clamp_min(low).clamp_max(middle + half + 0.5 * strength) * sign, strength
 
 
-def _numbers(term: Term, wanted: Tensor) -> Tensor:
-    """Return what integers would be if they could be any numbers, float32 (m', K)."""
-    blocks = wanted / term.row_values()[:, None]
-    if term.atoms is None:
-        return blocks / term.step_values()
-    return least_squares_codes(blocks.double(), term.dictionary() * term.scale_value(), None).float()
+def _about_nearest(term: Term, further_out: Tensor, strength: float) -> bool:
+    """Return whether most nonzeros lie in their cells, from how much further out than they the wanted numbers lie."""
+    half = 1.0 if term.trellis else 0.5  # on a trellis the points of a state lie two steps apart
+    away = further_out[term.codes != 0]
+    outside = (away < -half) | (away > half + 0.5 * strength)
+    return int(outside.sum()) <= _OUTSIDE * away.numel()
 
 
 def _dead_zone(term: Term, numbers: Tensor) -> float:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.sqf_factors import Term
-from .latents import are_nearest, nearest_latents
+from .latents import nearest_latents
 from .projecting import Limits, coded_bits, foremost
 from .straight_through import Integers, LogScale, Matrix, OneHot, Product, Rows, logs_of, nearest_exponents
 
@@ -97,15 +97,14 @@ class TrainedTerm:
         self.term = self._finer(term)
         self.scale = float(term.scale_value())
         self.limits = Limits.of(term, structure)
-        if wanted is not None and not are_nearest(term, wanted):
-            wanted = None
+        near = nearest_latents(self.term, wanted) if wanted is not None and options.codes else None
         # On a trellis, where a change takes others along, all at once did harm wherever it was tried.
-        all_at_once = wanted is not None and not term.trellis
+        all_at_once = near is not None and not term.trellis
         self._share = options.share or (1.0 if all_at_once else _SHARE)
         values = self._values(self.term)
         latents = dict(values)
-        if wanted is not None and options.codes:
-            latents["codes"], strength = nearest_latents(self.term, wanted)
+        if near is not None:
+            latents["codes"], strength = near
             if "atoms" in latents:  # where they are at this strength, in the middle of their cells
                 latents["atoms"] = latents["atoms"] + 0.5 * strength * latents["atoms"].sign()
             self.limits.strength = strength
